@@ -1,0 +1,47 @@
+# make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
+# make test                           ruff, pytest, and every notebook against its committed outputs
+# make lab                            open the notebooks
+# make publish PLAN=...               copy a finished plan to results/published/
+# make notebooks                      execute every notebook at its defaults, in place
+PYTHON ?= python3
+PLAN ?= smoke
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+.PHONY: study dry-run test lab publish notebooks lock
+
+study: .venv/installed
+	@$(BIN)/python -m hdkd_lib.plans study $(PLAN) --cores $(CORES)
+
+dry-run: .venv/installed
+	@$(BIN)/python -m hdkd_lib.plans study $(PLAN) --cores $(CORES) --dry-run
+
+publish: .venv/installed
+	@$(BIN)/python -m hdkd_lib.plans publish $(PLAN)
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks
+
+test: export TQDM_DISABLE = 1
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
+	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+
+notebooks: export TQDM_DISABLE = 1
+notebooks: .venv/installed
+	for notebook in notebooks/*.ipynb; do $(BIN)/papermill $$notebook $$notebook -k python3 || exit 1; done
+	$(BIN)/nbstripout --keep-output --keep-count --keep-id \
+	  --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info" notebooks/*.ipynb
+
+lock: .venv/installed
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header \
+	  --no-emit-index-url -q -o constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make study PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,test]"
+	@touch $@

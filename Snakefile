@@ -1,0 +1,39 @@
+# The batch: one job per run of a plan, then its tables and figures. Started by `make study PLAN=...`, which writes the plan's jobs
+# as JSON (hdkd_lib.plans); edit notebooks/plans/*.yaml, not this file. Any Snakemake executor works: make jobs PLAN=... shows how.
+import json
+import os
+import sys
+
+PLAN = json.load(open(config["jobs"]))
+FOLDER = PLAN["folder"]
+os.environ.setdefault("HDKD_WORKFLOW_PID", str(os.getpid()))  # jobs end when this process does, also by kill -9
+os.environ["TQDM_DISABLE"] = "1"
+
+
+rule all:
+    input:
+        f"{FOLDER}/tables/summary.csv",
+        f"{FOLDER}/figures/comparison.png",
+
+
+rule run:
+    input:
+        lambda wildcards: [f"{FOLDER}/{name}/metrics.json" for name in PLAN["jobs"][wildcards.name]["needs"]],
+    output:
+        f"{FOLDER}/{{name}}/metrics.json",
+    log:
+        f"{FOLDER}/{{name}}/run.ipynb",
+    threads: PLAN["threads"]
+    shell:
+        "exec env OMP_NUM_THREADS={threads} {sys.executable} -m hdkd_lib.plans run {config[jobs]} {wildcards.name}"
+
+
+rule report:
+    input:
+        [f"{FOLDER}/{name}/metrics.json" for name, job in PLAN["jobs"].items() if not job["report"]],
+    output:
+        f"{FOLDER}/tables/summary.csv",
+        f"{FOLDER}/figures/comparison.png",
+    shell:
+        "{sys.executable} -m hdkd_lib.plans run {config[jobs]} tables"
+        " && exec {sys.executable} -m hdkd_lib.plans run {config[jobs]} figures"

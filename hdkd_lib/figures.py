@@ -1,0 +1,170 @@
+"""Figures, all in one style. Each function draws on axes of its own and returns the figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hdkd_lib.statistics import interval
+from hdkd_lib.tables import METRICS
+
+PALETTE = sns.color_palette("colorblind")
+
+
+def set_style() -> None:
+    """The study's style; call once at the top of a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.9)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 80,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.hashsalt": "hdkd",  # the same figure gives the same file
+        }
+    )
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes the figure as PNG at 200 dpi and makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_class: int = 6) -> Figure:
+    """The first `per_class` images (N, 3, S, S; uint8, or float in [0, 1]) of every class, one column per class."""
+    columns = len(classes)
+    figure, axes = plt.subplots(per_class, columns, figsize=(1.15 * columns, 1.15 * per_class + 0.3), squeeze=False)
+    for c, name in enumerate(classes):
+        chosen = images[labels == c][:per_class]
+        for row, axis in enumerate(axes[:, c]):
+            axis.axis("off")
+            if row < len(chosen):
+                axis.imshow(chosen[row].permute(1, 2, 0).cpu().numpy())
+        axes[0, c].set_title(str(name).replace("_", "\n"), fontsize=9)
+    return figure
+
+
+def image_grid(rows: Mapping[str, Tensor]) -> Figure:
+    """One row of images per entry, (N, 3, S, S) uint8 or float in [0, 1]."""
+    count = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            sns.despine(ax=axis, left=True, bottom=True)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
+    """Images per class in each part of a split; `parts` holds label tensors."""
+    rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
+    figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
+    sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
+    axis.set_xticks(range(len(classes)), [str(name).replace("_", "\n") for name in classes])
+    axis.set_xlabel("")
+    return figure
+
+
+def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Training loss (each on its own scale: divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    for name, history in histories.items():
+        axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], label=name)
+        axes[1].plot(history.epoch + 1, history.val_nll, label=name)
+        axes[2].plot(history.epoch + 1, 100 * history.val_balanced_accuracy, label=name)
+    for axis, title in zip(
+        axes, ("training loss / first epoch's", "validation cross-entropy", "validation balanced accuracy (%)"), strict=True
+    ):
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[2].set_ylim(top=100)
+    axes[0].legend()
+    return figure
+
+
+def loss_terms(history: pd.DataFrame, terms: Sequence[str]) -> Figure:
+    """Terms of a method's loss by epoch, logarithmic; `terms` are columns of the history without their prefix `train_`."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for term in terms:
+        axis.plot(history.epoch + 1, history[f"train_{term}"], label=term.replace("_", " "))
+    axis.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    return figure
+
+
+def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> Figure:
+    """Feature agreement with the teacher (linear CKA) per stage, one group of bars per stage."""
+    rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
+    figure, axis = plt.subplots(figsize=(5.5, 3))
+    sns.barplot(pd.DataFrame(rows, columns=["stage", "student", "CKA"]), x="stage", y="CKA", hue="student", ax=axis)
+    axis.set(ylim=(0, 1), ylabel="linear CKA with the teacher", xlabel="")
+    sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(scores), title=None, frameon=False)
+    return figure
+
+
+def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc")) -> Figure:
+    """Test metrics by kind of run: every replicate a dot, those of one seed and fold joined, mean and 95 % t interval in black."""
+    names = list(dict.fromkeys(frame.run))
+    figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for color, (_, replicate) in zip(_cycle(), frame.groupby(["seed", "fold"]), strict=False):
+            values = replicate.set_index("run")[metric].reindex(names) * 100
+            axis.plot(range(len(names)), values, "-", color="0.8", lw=1, zorder=1)
+            label = f"seed {replicate.seed.iloc[0]}, fold {replicate.fold.iloc[0]}"
+            axis.scatter(range(len(names)), values, s=26, color=color, label=label, zorder=2)
+        for x, name in enumerate(names):
+            estimate = interval(frame[frame.run == name][metric])
+            width = None if np.isnan(estimate.half_width) else 100 * estimate.half_width
+            axis.errorbar(x + 0.22, 100 * estimate.mean, width, fmt="_", color="black", ms=10, capsize=3, zorder=3)
+        axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4))
+        axis.set_xticks(range(len(names)), names)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "val_balanced_accuracy") -> Figure:
+    """A history column in percent by epoch: every replicate thin, the mean of each kind of run thick."""
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    for color, (name, replicates) in zip(_cycle(), histories.items(), strict=False):
+        for history in replicates:
+            axis.plot(history.epoch + 1, 100 * history[column], color=color, lw=0.6, alpha=0.5)
+        mean = pd.concat(replicates).groupby("epoch")[column].mean()
+        axis.plot(mean.index + 1, 100 * mean, color=color, lw=2, label=f"{name} (mean of {len(replicates)})")
+    axis.set(xlabel="epoch", ylabel=f"{column.replace('val_', 'validation ').replace('_', ' ')} (%)")
+    axis.legend()
+    return figure
+
+
+def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[str]) -> Figure:
+    """Confusion matrices side by side: counts in the cells, colour by the share of the true class (rows)."""
+    names = [str(name).replace("_", "\n") for name in classes]
+    size = max(3.2, 0.55 * len(classes) + 1)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(size * len(matrices) + 0.8, size), squeeze=False)
+    for i, (axis, (name, counts)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+        counts = np.asarray(counts)
+        sns.heatmap(
+            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1, cbar=False,
+            square=True, ax=axis, xticklabels=names, yticklabels=names if i == 0 else False, linewidths=0.5, annot_kws={"fontsize": 9},
+        )  # fmt: skip
+        axis.tick_params(axis="both", rotation=0, labelsize=8)
+        axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")
+    return figure
+
+
+def _cycle() -> list:
+    return PALETTE * 10

@@ -1,0 +1,6 @@
+"""Training methods, one file per paper; each is a `timm.task.TrainingTask`."""
+
+from hdkd_lib.methods.hdkd import HDKD
+from hdkd_lib.methods.supervised import Supervised
+
+__all__ = ["HDKD", "Supervised"]

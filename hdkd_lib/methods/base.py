@@ -1,0 +1,89 @@
+"""What the methods share: the contract of a task, and a teacher that cannot be changed."""
+
+from collections.abc import Sequence
+
+import timm.task
+import torch
+from torch import Tensor, nn
+
+from hdkd_lib import models
+
+
+class Method(timm.task.TrainingTask):
+    """`task(images, target)` gives a dict with `loss`, `output` (logits) and each term by name; images are normalised (B, C, H, W).
+
+    `trainable_module` is the student, which is all that is optimised and saved (timm's meaning).
+    Subclasses are constructed by keyword only; `settings()` gives the arguments that are numbers or words.
+    """
+
+    def __init__(self, *, student: nn.Module):
+        super().__init__(verbose=False)
+        self.trainable_module = student
+        self.progress = 0.0
+
+    @property
+    def student(self) -> nn.Module:
+        return self.trainable_module
+
+    def set_progress(self, progress: float) -> None:
+        """How far training has come, in [0, 1); called once before each epoch."""
+        self.progress = progress
+
+    def settings(self) -> dict:
+        return {}
+
+    def describe(self) -> dict:
+        """Everything that makes this task what it is, as plain values: part of a run's configuration."""
+        return {"name": type(self).__name__, **self.settings(), "student": models.describe(self.student)}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of the method's own prediction; call in eval mode."""
+        return self.student(images)
+
+
+class Teacher(nn.Module):
+    """A network that only answers: frozen, in eval mode whatever `train()` is called on, without gradient, in its own normalisation."""
+
+    def __init__(self, network: nn.Module, student: nn.Module):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.is_same_normalisation = True
+        student_cfg, own_cfg = (getattr(m, "pretrained_cfg", {}) for m in (student, network))
+        if {"mean", "std"} <= student_cfg.keys() & own_cfg.keys():
+            mean_s, std_s, mean_t, std_t = (
+                torch.tensor(cfg[key]).view(1, -1, 1, 1) for cfg in (student_cfg, own_cfg) for key in ("mean", "std")
+            )
+            self.is_same_normalisation = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)
+            self.register_buffer("scale", std_s / std_t, persistent=False)
+            self.register_buffer("shift", (mean_s - mean_t) / std_t, persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, indices: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, C) and the intermediate maps of the given indices, from one pass over images in the student's normalisation."""
+        if self.network.training:  # train() was called on the network itself
+            self.network.eval()
+        if not self.is_same_normalisation:
+            images = images * self.scale + self.shift
+        if not indices:
+            return self.network(images), []
+        features, maps = self.network.forward_intermediates(images, list(indices))
+        return self.network.forward_head(features), maps
+
+
+class Distillation(Method):
+    """A method with a teacher. The teacher's classes must be the student's."""
+
+    def __init__(self, *, student: nn.Module, teacher: nn.Module):
+        super().__init__(student=student)
+        if teacher.num_classes != student.num_classes:
+            raise ValueError(
+                f"the teacher has {teacher.num_classes} classes and the student {student.num_classes}; "
+                "train the teacher on the student's classes"
+            )
+        self.teacher = Teacher(teacher, student)
+
+    def describe(self) -> dict:
+        return {**super().describe(), "teacher": models.describe(self.teacher.network)}

@@ -1,0 +1,14 @@
+"""Training alone: cross-entropy, no teacher. The baseline of every method, and how teachers are trained."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdkd_lib.methods.base import Method
+
+
+class Supervised(Method):
+    """`Supervised(student=model)(images, labels)` gives `loss` and `output` (logits of shape (B, C)); labels (B,) are class indices."""
+
+    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        output = self.student(images)
+        return {"loss": F.cross_entropy(output, target), "output": output}

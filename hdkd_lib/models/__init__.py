@@ -1,0 +1,82 @@
+"""Networks: importing this package registers them with timm; `create` makes any timm model and remembers how it was made."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hdkd_lib.models import hdkd as _hdkd  # noqa: F401  (registers the models)
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    """`timm.create_model`, with the nearest name suggested for an unknown one.
+
+    The name and arguments stay on the model as `creation`, so that a run's configuration can say how to make it again.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see timm.list_models()"))
+    model = timm.create_model(name, **kwargs)
+    model.creation = {"name": name, **kwargs}
+    return model
+
+
+def describe(model: nn.Module) -> dict:
+    """How to make the model again: `creation` if `create` made it, else timm's architecture name and the class count."""
+    if hasattr(model, "creation"):
+        return dict(model.creation)
+    cfg = getattr(model, "pretrained_cfg", {})
+    return {"name": cfg.get("architecture", type(model).__name__), "num_classes": getattr(model, "num_classes", None)}
+
+
+def cost(model: nn.Module, image_size: int) -> dict[str, float]:
+    """`parameters`, and `gflops` of one image's forward pass (2 per multiply-add; convolutions, linear layers and attention)."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 3, image_size, image_size, device=device))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 2e9}
+
+
+def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> nn.Module:
+    """Loads a safetensors file or a state dict, every entry and no other.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the weights are of another network, or of one with another class count.
+    """
+    source = "the given weights"
+    if not isinstance(weights, Mapping):
+        source = str(weights)
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"no weights at {weights}")
+        try:
+            weights = load_file(weights)
+        except Exception as error:
+            raise ValueError(f"{source} is not a readable safetensors file ({error})") from error
+    own, name = model.state_dict(), describe(model)["name"]
+    missing, foreign = own.keys() - weights.keys(), weights.keys() - own.keys()
+    if missing or foreign:
+        example = sorted(missing or foreign)[0]
+        raise ValueError(
+            f"{source} is not a checkpoint of {name}: {len(missing)} entries are missing and {len(foreign)} unknown "
+            f"(for example {example!r}); create the network it was saved from"
+        )
+    wrong = [key for key in own if own[key].shape != weights[key].shape]
+    heads = [key for key in wrong if key.startswith(("head", "fc", "classifier"))]
+    if heads and heads == wrong:
+        raise ValueError(
+            f"{source} has {len(weights[heads[-1]])} classes and {name} has {len(own[heads[-1]])}; "
+            f"pass num_classes={len(weights[heads[-1]])}"
+        )
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit {name}: {wrong[0]!r} is {tuple(weights[wrong[0]].shape)} there and "
+            f"{tuple(own[wrong[0]].shape)} here; check img_size, in_chans and the variant"
+        )
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,235 @@
+"""Plans: what a batch run consists of (notebooks/plans/*.yaml), checked, expanded into jobs and executed.
+
+    python -m hdkd_lib.plans study smoke --cores 2      # all of it, through Snakemake; what `make study` calls
+    python -m hdkd_lib.plans publish smoke              # copy what a reader needs to results/published/
+
+A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, fold), `threads` per run, and `runs`:
+a notebook each, its own `parameters`, and `teacher`, the run whose result with the same replicate is its teacher.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import filelock
+
+from hdkd_lib import runs, tables
+
+NOTEBOOKS = runs.ROOT / "notebooks"
+PUBLISHED_FILES = ("config.json", "environment.json", "history.csv", "predictions.csv", "metrics.json")
+
+
+def folder_of(plan: str) -> Path:
+    return runs.results_dir() / "runs" / plan
+
+
+def expand(plan: str) -> dict:
+    """The plan as jobs: {"plan", "folder", "threads", "jobs": {name: {"notebook", "parameters", "needs", "report"}}}.
+
+    Raises:
+        ValueError: unknown plan, notebook, teacher or key, or a parameter that the notebook does not have.
+    """
+    from ruamel.yaml import YAML
+
+    path = NOTEBOOKS / "plans" / f"{plan}.yaml"
+    content = YAML(typ="safe", pure=True).load(_known(plan, [f.stem for f in path.parent.glob("*.yaml")], "plan") and path)
+    for key in content:
+        _known(key, ["parameters", "replicates", "threads", "runs"], f"key in {path.name}")
+    folder = folder_of(plan)
+    jobs = {}
+    for kind, run in content["runs"].items():
+        for key in run:
+            _known(key, ["notebook", "parameters", "teacher"], f"key of run {kind} in {path.name}")
+        for replicate in content["replicates"]:
+            suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
+            name = f"{kind}{suffix}"
+            parameters = {**content.get("parameters", {}), **run.get("parameters", {}), **replicate, "run_dir": str(folder / name)}
+            needs = []
+            if "teacher" in run:
+                needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {path.name}") + suffix]
+                parameters["teacher_dir"] = str(folder / needs[0])
+            jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
+    for name, notebook in (("tables", "09_tables"), ("figures", "10_figures")):
+        parameters = {"results": str(folder), "out": str(folder / name)}
+        jobs[name] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
+    for name, job in jobs.items():
+        _check_parameters(name, job)
+    return {"plan": plan, "folder": str(folder), "threads": content.get("threads", 1), "jobs": jobs}
+
+
+def _known(name: str, known: list[str], what: str) -> str:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"))
+    return name
+
+
+def _check_parameters(name: str, job: dict) -> None:
+    """papermill only warns of a parameter that a notebook does not have, and runs it with the default."""
+    import papermill
+
+    notebook = NOTEBOOKS / f"{_known(job['notebook'], [f.stem for f in NOTEBOOKS.glob('*.ipynb')], f'notebook of {name}')}.ipynb"
+    accepted = list(papermill.inspect_notebook(str(notebook)))
+    for parameter in job["parameters"]:
+        _known(parameter, accepted, f"parameter of {notebook.name} (run {name})")
+
+
+def run(jobs_file: Path, name: str) -> None:
+    """Executes one job's notebook into its run folder. Success is a metrics.json (papermill cannot tell), or for reports the notebook's end.
+
+    Raises:
+        RuntimeError: the notebook failed; the message names the run, the error and the executed notebook.
+    """
+    import papermill
+
+    _end_with(int(os.environ.get("HDKD_WORKFLOW_PID", os.getppid())))
+    jobs = json.loads(Path(jobs_file).read_text())
+    job = jobs["jobs"][name]
+    folder = Path(job["parameters"].get("run_dir") or job["parameters"]["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    executed = folder / "run.ipynb"
+    try:
+        papermill.execute_notebook(
+            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), job["parameters"], kernel_name="python3", progress_bar=False
+        )
+    except Exception as error:
+        reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
+    if not job["report"] and not runs.Run(folder).is_finished:
+        raise RuntimeError(f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on")
+
+
+def _end_with(pid: int) -> None:
+    """Ends this process and its kernel when the workflow's process or the parent is gone: a kernel left behind would go on training."""
+    import psutil
+
+    workflow, parent = psutil.Process(pid), os.getppid()
+
+    def watch() -> None:
+        while workflow.is_running() and os.getppid() == parent:
+            time.sleep(1)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(137)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def study(plan: str, cores: int, dry_run: bool = False) -> int:
+    """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed."""
+    expanded = expand(plan)
+    folder = Path(expanded["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs_file = folder / "jobs.json"
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RuntimeError(f"the plan {plan} is running already (lock {folder / '.lock'}); wait for it or stop it") from None
+    with lock:
+        if not dry_run:
+            _set_aside_changed(jobs_file, expanded)
+        runs.write_json(jobs_file, expanded)
+        command = [
+            sys.executable, "-m", "snakemake", "--snakefile", str(runs.ROOT / "Snakefile"), "--directory", str(folder),
+            "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
+            "--nolock", "--quiet", "rules", "host",
+        ]  # fmt: skip
+        code = subprocess.run(command + ["--dry-run"] * dry_run).returncode
+    if dry_run:
+        return code
+    missing = [name for name, job in expanded["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()]
+    for name in missing:
+        reason = "failed" if (folder / name / "run.ipynb").exists() else "was not run (its teacher is missing or the plan was stopped)"
+        print(f"{name} {reason}: {folder / name / 'run.ipynb'}", file=sys.stderr)
+    if code or missing:
+        return 1
+    frame = runs.load(folder)
+    print(tables.summary(frame).to_string(index=False), f"\n{tables.provenance(frame)}", f"\nTables: {folder / 'tables'}", sep="\n")
+    print("Figures:", *sorted((folder / "figures").glob("*.png")), sep="\n  ")
+    return 0
+
+
+def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
+    """Runs that left the plan or whose parameters changed since its last start keep their results as NAME~1, NAME~2, ..."""
+    if not jobs_file.exists():
+        return
+    before = json.loads(jobs_file.read_text())["jobs"]
+    for name, job in before.items():
+        path = jobs_file.parent / name
+        if path.exists() and expanded["jobs"].get(name) != job:
+            number = 1
+            while path.with_name(f"{name}~{number}").exists():
+                number += 1
+            path.rename(path.with_name(f"{name}~{number}"))
+
+
+def publish(plan: str) -> Path:
+    """Copies a finished plan to results/published/PLAN: configurations, metrics, histories, predictions, splits, tables, figures, a manifest.
+
+    Raises:
+        FileNotFoundError: a run of the plan is not finished.
+    """
+    expanded = expand(plan)
+    source, target = Path(expanded["folder"]), runs.results_dir() / "published" / plan
+    names = [name for name, job in expanded["jobs"].items() if not job["report"]]
+    finished = {name: runs.Run(source / name).metrics for name in names}  # raises before anything is copied
+    aside = target.with_name(f".{plan}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in finished:
+        (aside / name).mkdir(parents=True)
+        for file in PUBLISHED_FILES:
+            shutil.copyfile(source / name / file, aside / name / file)
+        data = runs.Run(source / name).config["data"]
+        split = aside / "splits" / f"{data['dataset']}-{data['protocol']}-fold{data['fold']}-fraction{data['fraction']:g}.csv"
+        split.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name / "split.csv", split)
+    shutil.copytree(source / "tables", aside / "tables", ignore=shutil.ignore_patterns("*.ipynb"))
+    shutil.copytree(source / "figures", aside / "figures", ignore=shutil.ignore_patterns("*.ipynb"))
+    shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
+    files = sorted(file for file in aside.rglob("*") if file.is_file())
+    runs.write_json(
+        aside / "manifest.json",
+        {"plan": plan, "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}},
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m hdkd_lib.plans", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("study", "publish"):
+        command = commands.add_parser(name)
+        command.add_argument("plan")
+        if name == "study":
+            command.add_argument("--cores", type=int, default=os.cpu_count())
+            command.add_argument("--dry-run", action="store_true")
+    command = commands.add_parser("run")
+    command.add_argument("jobs_file", type=Path)
+    command.add_argument("name")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "study":
+            return study(arguments.plan, arguments.cores, arguments.dry_run)
+        if arguments.command == "publish":
+            print(publish(arguments.plan))
+        else:
+            run(arguments.jobs_file, arguments.name)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

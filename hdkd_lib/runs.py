@@ -1,0 +1,188 @@
+"""The run folder: write it, read it, gather many into a table.
+
+    config.json        everything that determines the run; its hash is the run's identity
+    environment.json   where and with what it ran
+    split.csv          id and part of every image used
+    history.csv        one row per epoch
+    predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class
+    best.safetensors, last.safetensors   weights of the best validation epoch and of the last
+    checkpoint.pt      while it runs: all that is needed to go on
+    run.ipynb          the executed notebook, where a plan ran it
+    metrics.json       written last: a run is finished if it exists
+"""  # fmt: skip
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import torch
+from torch import nn
+
+from hdkd_lib import models
+
+ROOT = Path(__file__).parents[1]
+
+
+def results_dir() -> Path:
+    """The folder results/ of the study: $HDKD_RESULTS, else beside the library in its clone, else in the working directory."""
+    if "HDKD_RESULTS" in os.environ:
+        return Path(os.environ["HDKD_RESULTS"]).expanduser()
+    return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def config_hash(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a file beside `path` and renames it: readers see the old content or the new, never half of it.
+
+    Raises:
+        OSError: the disk is full or read-only; the old content stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        aside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}; free some space and start again, finished epochs are kept") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+class Run:
+    """A run folder. `Run(path)` reads one; `Run.create(path, config)` starts or resumes one."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / "config.json").exists():
+            raise FileNotFoundError(f"{self.path} is no run folder: it has no config.json")
+        self.config = json.loads((self.path / "config.json").read_text())
+
+    @classmethod
+    def create(cls, path: str | Path | None, config: dict) -> "Run":
+        """The run of this configuration in `path`, by default a folder named after the configuration under results/runs/interactive/.
+
+        A run of another configuration that lies there is kept: it is renamed to NAME~HASH.
+        """
+        identity = config_hash(config)
+        if not path:
+            name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{identity}"
+            path = results_dir() / "runs" / "interactive" / name
+        path = Path(path)
+        if (path / "config.json").exists() and (other := config_hash(json.loads((path / "config.json").read_text()))) != identity:
+            path.rename(path.with_name(f"{path.name}~{other}"))
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / "config.json").exists():
+            write_json(path / "config.json", config)
+        return cls(path)
+
+    def lock(self) -> filelock.FileLock:
+        """Held while training: two processes never write one run. Released when its holder dies."""
+        return filelock.FileLock(self.path / ".lock", timeout=60)
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def metrics(self) -> dict:
+        """`best` and `last`: epoch, validation and test metrics; `seconds` of training, `parameters` of the student.
+
+        Raises:
+            FileNotFoundError: the run is not finished.
+        """
+        if not self.is_finished:
+            raise FileNotFoundError(f"the run {self.path} is not finished: start it again, it goes on from its last epoch")
+        return json.loads((self.path / "metrics.json").read_text())
+
+    @property
+    def environment(self) -> dict:
+        return json.loads((self.path / "environment.json").read_text())
+
+    @property
+    def history(self) -> pd.DataFrame:
+        return pd.read_csv(self.path / "history.csv")
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Test part: id, label and one column of probabilities per class, by the weights of the best validation epoch."""
+        return pd.read_csv(self.path / "predictions.csv", dtype={"id": str})
+
+    def student(self, which: str = "best") -> nn.Module:
+        """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last"."""
+        model = models.create(**self.config["method"]["student"])
+        return models.load_weights(model, self.path / f"{which}.safetensors").eval()
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
+
+    Columns: run, path, method, student, dataset, image_size, protocol, fold, seed, epochs, epoch, parameters, seconds,
+    images_per_second, precision, device, and the test metrics of the best validation epoch (`last_...` those of the last epoch).
+
+    Raises:
+        FileNotFoundError: no finished run is there.
+    """
+    folder = Path(folder)
+    found = sorted(f.parent for pattern in ("metrics.json", "*/metrics.json", "*/*/metrics.json") for f in folder.glob(pattern))
+    rows = []
+    for run in (Run(path) for path in found if "~" not in path.name):
+        config, metrics = run.config, run.metrics
+        rows.append(
+            {
+                "run": run.path.name.rsplit("-seed", 1)[0],
+                "path": str(run.path),
+                "method": config["method"]["name"],
+                "student": config["method"]["student"]["name"],
+                **{key: config["data"][key] for key in ("dataset", "image_size", "protocol", "fold", "fraction")},
+                "seed": config["seed"],
+                "epochs": config["recipe"]["epochs"],
+                "epoch": metrics["best"]["epoch"],
+                **{key: metrics[key] for key in ("parameters", "seconds", "images_per_second")},
+                "precision": config["precision"],
+                "device": run.environment["device"],
+                **{key: value for key, value in metrics["best"]["test"].items() if key != "confusion"},
+                **{f"last_{key}": value for key, value in metrics["last"]["test"].items() if key != "confusion"},
+            }
+        )
+    if not rows:
+        raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
+    return pd.DataFrame(rows)
+
+
+def environment(device: torch.device) -> dict:
+    """Where a run happens: versions, hardware, threads, the commit of the study and the time (UTC)."""
+
+    def git(*arguments: str) -> str | None:
+        answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "hdkd_lib", "notebooks")),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "kornia", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

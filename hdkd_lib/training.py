@@ -1,0 +1,229 @@
+"""Training and evaluation: the loop."""
+
+import hashlib
+import math
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hdkd_lib import metrics, runs
+from hdkd_lib.data import Data
+from hdkd_lib.data.augment import AUGMENTATIONS
+from hdkd_lib.data.batches import Normalise, Part, batches
+from hdkd_lib.methods.base import Method
+from hdkd_lib.recipes import Recipe
+from hdkd_lib.runs import Run, write_atomically, write_json
+
+
+def fit(
+    task: Method,
+    data: Data,
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    resume: bool = True,
+) -> Run:
+    """Trains the task's student, measures it, and returns the run; a finished run of the same configuration is returned as it is.
+
+    The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best"; the test part is touched once, at
+    the end, with those weights and with the last ones. Each epoch draws its randomness from (seed, epoch) alone, so an interrupted and resumed
+    run ends with the weights of an uninterrupted one (bitwise on one CPU with one number of threads).
+
+    Args:
+        run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
+        device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
+        precision: "float32", "bf16" (autocast), or "auto": bf16 where the device computes in it.
+        resume: whether to go on from the folder's checkpoint.
+
+    Raises:
+        ValueError: the classes of data and student differ, or an argument is unknown.
+        FloatingPointError: the loss is no longer a number; the checkpoint of the epoch before is kept.
+    """
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    if task.student.num_classes != len(data.classes):
+        raise ValueError(
+            f"the student has {task.student.num_classes} classes and {data.config['dataset']} has {len(data.classes)}; "
+            f"create it with num_classes={len(data.classes)}"
+        )
+    config = {
+        "method": task.describe() | ({"teacher_weights": digest(task.teacher)} if hasattr(task, "teacher") else {}),
+        "data": data.config,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "precision": precision,
+    }
+    run = Run.create(run_dir, config)
+    with run.lock():
+        if not run.is_finished:
+            _train(task.to(device, memory_format=torch.channels_last), data, recipe, run, seed, device, precision, resume)
+    return run
+
+
+def _train(
+    task: Method, data: Data, recipe: Recipe, run: Run, seed: int, device: torch.device, precision: str, resume: bool
+) -> None:
+    train, val = to_device(data.train, device), to_device(data.val, device)
+    prepare = Normalise(task.student, AUGMENTATIONS[recipe.augment]()).to(device)
+    optimizer = create_optimizer_v2(
+        task.trainable_module, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device.type != "mps"
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine" if recipe.schedule == "cosine" else "step",
+        num_epochs=recipe.epochs,
+        decay_epochs=recipe.epochs + 1,  # a step schedule that never steps is constant
+        min_lr=recipe.min_lr,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr,
+    )
+    history, best = [], {"balanced_accuracy": -1.0, "nll": math.inf}
+    checkpoint = run.path / "checkpoint.pt"
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        task.student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, best = state["history"], state["best"]
+    write_json(run.path / "environment.json", runs.environment(device))
+    split = pd.DataFrame([(i, part) for part in ("train", "val", "test") for i in getattr(data, part).ids], columns=["id", "part"])
+    write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
+
+    progress = tqdm(range(len(history), recipe.epochs), desc=type(task).__name__, initial=len(history), total=recipe.epochs)
+    for epoch in progress:
+        start = time.perf_counter()
+        torch.manual_seed(1_000_003 * (seed + 1) + epoch)
+        scheduler.step(epoch)
+        task.set_progress(epoch / recipe.epochs)
+        task.train()
+        totals, seen = defaultdict(lambda: torch.zeros((), device=device)), 0
+        for images, target in batches(train, recipe.batch_size, shuffle=True):
+            images = prepare(images)
+            with autocast(device, precision):
+                result = task(images, target)
+            optimizer.zero_grad()
+            result["loss"].backward()
+            optimizer.step()
+            with torch.no_grad():  # sums stay on the device: nothing in a step waits for it
+                seen += len(target)
+                totals["accuracy"] += (result["output"].argmax(1) == target).sum()
+                for name, term in result.items():
+                    if name != "output":
+                        totals[name] += term.detach().float() * len(target)
+        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
+        if not math.isfinite(row["train_loss"]):
+            raise FloatingPointError(
+                f"the loss of {type(task).__name__} became {row['train_loss']} in epoch {epoch}; lower lr (now {recipe.lr}) or set "
+                f"precision='float32' (now {precision}); {len(history)} epochs are kept in {run.path}"
+            )
+        seconds = time.perf_counter() - start
+        scores = metrics.classification(predict(task, val, precision=precision), data.val.labels)
+        row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
+        history.append(row)
+        if (scores["balanced_accuracy"], -scores["nll"]) > (best["balanced_accuracy"], -best["nll"]):
+            best = {"epoch": epoch, "balanced_accuracy": scores["balanced_accuracy"], "nll": scores["nll"]}
+            _save_weights(task, run.path / "best.safetensors")
+        state = {"student": task.student.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
+        write_atomically(checkpoint, lambda aside, state=state: torch.save(state, aside))
+        write_atomically(run.path / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
+        progress.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{scores['balanced_accuracy']:.3f}")
+    _save_weights(task, run.path / "last.safetensors")
+    _finish(task, data, recipe, run, precision, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
+    checkpoint.unlink()
+
+
+def _finish(task: Method, data: Data, recipe: Recipe, run: Run, precision: str, epochs: dict[str, int], history: list[dict]) -> None:
+    """The one use of the test part."""
+    measured = {}
+    for which in ("last", "best"):
+        task.student.load_state_dict(load_file(run.path / f"{which}.safetensors"))
+        probabilities = predict(task, data.test, precision=precision)
+        measured[which] = {
+            "epoch": epochs[which],
+            "val": metrics.classification(predict(task, data.val, precision=precision), data.val.labels),
+            "test": metrics.classification(probabilities, data.test.labels),
+        }
+    table = pd.DataFrame(probabilities.numpy(), columns=data.classes).round(6)
+    table.insert(0, "label", [data.classes[label] for label in data.test.labels])
+    table.insert(0, "id", data.test.ids)
+    write_atomically(run.path / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
+    seconds = sum(row["seconds"] for row in history)
+    write_json(
+        run.path / "metrics.json",
+        {
+            "config_hash": runs.config_hash(run.config),
+            **measured,
+            "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
+            "parameters": sum(p.numel() for p in task.student.parameters()),
+            "seconds": round(seconds, 1),
+            "images_per_second": round(len(data.train) * recipe.epochs / seconds, 1),
+        },
+    )
+
+
+@torch.inference_mode()
+def predict(task: Method, part: Part, *, precision: str = "float32", batch_size: int = 256) -> Tensor:
+    """Probabilities (N, C), float32 on the CPU, by the task's own prediction in eval mode, on the device the student is on."""
+    device = next(task.student.parameters()).device
+    prepare = Normalise(task.student).to(device)
+    was_training = task.training
+    task.eval()
+    with autocast(device, precision):
+        logits = [task.predict(prepare(images.to(device))).float() for images, _ in batches(part, batch_size)]
+    task.train(was_training)
+    return torch.cat(logits).softmax(1).cpu()
+
+
+def to_device(part: Part, device: torch.device) -> Part:
+    """The part with images and labels resident on the device."""
+    return Part(part.images.to(device), part.labels.to(device), part.ids, part.groups)
+
+
+def resolve_device(device: str) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    return torch.device(
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "float32" or "bf16"; "auto" takes bf16 on GPUs that have it and on CPUs with AVX512-BF16 or AMX instructions."""
+    if precision not in ("auto", "float32", "bf16"):
+        raise ValueError(f"precision must be 'auto', 'float32' or 'bf16' (got {precision!r})")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16")) else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of a network's weights: the identity of a teacher in its student's configuration."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _save_weights(task: Method, path: Path) -> None:
+    weights = {name: value.contiguous() for name, value in task.student.state_dict().items()}
+    write_atomically(path, lambda aside: save_file(weights, aside, metadata={"format": "pt"}))
