@@ -11,13 +11,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: study dry-run test lab publish notebooks lock
 
 study: .venv/installed
-	@$(BIN)/python -m hdkd_lib.plans study $(PLAN) --cores $(CORES)
+	@$(BIN)/python study.py run $(PLAN) --cores $(CORES)
 
 dry-run: .venv/installed
-	@$(BIN)/python -m hdkd_lib.plans study $(PLAN) --cores $(CORES) --dry-run
+	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run
 
 publish: .venv/installed
-	@$(BIN)/python -m hdkd_lib.plans publish $(PLAN)
+	@$(BIN)/python study.py publish $(PLAN)
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

@@ -1,9 +1,10 @@
-# The batch: one job per run of a plan, then its tables and figures. Started by `make study PLAN=...`, which writes the plan's jobs
-# as JSON (hdkd_lib.plans); edit notebooks/plans/*.yaml, not this file. Any Snakemake executor works: make jobs PLAN=... shows how.
+# One job per run of a plan, then its tables and figures. Started by `make study PLAN=...` (study.py), which writes the plan's jobs as
+# JSON; edit notebooks/plans/*.yaml, not this file.
 import json
 import os
 import sys
 
+STUDY = f"{sys.executable} {workflow.basedir}/study.py execute {config['jobs']}"
 PLAN = json.load(open(config["jobs"]))
 FOLDER = PLAN["folder"]
 os.environ.setdefault("HDKD_WORKFLOW_PID", str(os.getpid()))  # jobs end when this process does, also by kill -9
@@ -25,7 +26,7 @@ rule run:
         f"{FOLDER}/{{name}}/run.ipynb",
     threads: PLAN["threads"]
     shell:
-        "exec env OMP_NUM_THREADS={threads} {sys.executable} -m hdkd_lib.plans run {config[jobs]} {wildcards.name}"
+        "exec env OMP_NUM_THREADS={threads} {STUDY} {wildcards.name}"
 
 
 rule report:
@@ -35,5 +36,4 @@ rule report:
         f"{FOLDER}/tables/summary.csv",
         f"{FOLDER}/figures/comparison.png",
     shell:
-        "{sys.executable} -m hdkd_lib.plans run {config[jobs]} tables"
-        " && exec {sys.executable} -m hdkd_lib.plans run {config[jobs]} figures"
+        "{STUDY} tables && exec {STUDY} figures"

@@ -129,7 +129,7 @@ class Run:
 def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
-    Columns: run, path, method, student, dataset, image_size, protocol, fold, seed, epochs, epoch, parameters, seconds,
+    Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold, seed, epochs, epoch, parameters, seconds,
     images_per_second, precision, device, and the test metrics of the best validation epoch (`last_...` those of the last epoch).
 
     Raises:
@@ -159,7 +159,8 @@ def load(folder: str | Path) -> pd.DataFrame:
         )
     if not rows:
         raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.sort_values(["method", "run", "seed", "fold"], key=lambda c: c != "Supervised" if c.name == "method" else c, ignore_index=True)
 
 
 def environment(device: torch.device) -> dict:

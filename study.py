@@ -1,10 +1,12 @@
-"""Plans: what a batch run consists of (notebooks/plans/*.yaml), checked, expanded into jobs and executed.
+"""The batch: plans (notebooks/plans/*.yaml) checked, expanded into jobs, run by Snakemake and papermill, and published.
 
-    python -m hdkd_lib.plans study smoke --cores 2      # all of it, through Snakemake; what `make study` calls
-    python -m hdkd_lib.plans publish smoke              # copy what a reader needs to results/published/
+    python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
+    python study.py publish smoke           # copy what a reader needs to results/published/
 
 A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, fold), `threads` per run, and `runs`:
 a notebook each, its own `parameters`, and `teacher`, the run whose result with the same replicate is its teacher.
+
+Nothing here imports the library: a job's process starts in a second, its notebook imports what it needs.
 """
 
 import argparse
@@ -21,14 +23,10 @@ from pathlib import Path
 
 import filelock
 
-from hdkd_lib import runs, tables
-
-NOTEBOOKS = runs.ROOT / "notebooks"
+ROOT = Path(__file__).parent
+NOTEBOOKS = ROOT / "notebooks"
+RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
 PUBLISHED_FILES = ("config.json", "environment.json", "history.csv", "predictions.csv", "metrics.json")
-
-
-def folder_of(plan: str) -> Path:
-    return runs.results_dir() / "runs" / plan
 
 
 def expand(plan: str) -> dict:
@@ -43,7 +41,7 @@ def expand(plan: str) -> dict:
     content = YAML(typ="safe", pure=True).load(_known(plan, [f.stem for f in path.parent.glob("*.yaml")], "plan") and path)
     for key in content:
         _known(key, ["parameters", "replicates", "threads", "runs"], f"key in {path.name}")
-    folder = folder_of(plan)
+    folder = RESULTS / "runs" / plan
     jobs = {}
     for kind, run in content["runs"].items():
         for key in run:
@@ -82,7 +80,7 @@ def _check_parameters(name: str, job: dict) -> None:
         _known(parameter, accepted, f"parameter of {notebook.name} (run {name})")
 
 
-def run(jobs_file: Path, name: str) -> None:
+def execute(jobs_file: Path, name: str) -> None:
     """Executes one job's notebook into its run folder. Success is a metrics.json (papermill cannot tell), or for reports the notebook's end.
 
     Raises:
@@ -103,7 +101,7 @@ def run(jobs_file: Path, name: str) -> None:
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
-    if not job["report"] and not runs.Run(folder).is_finished:
+    if not job["report"] and not (folder / "metrics.json").exists():
         raise RuntimeError(f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on")
 
 
@@ -123,7 +121,7 @@ def _end_with(pid: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def study(plan: str, cores: int, dry_run: bool = False) -> int:
+def run(plan: str, cores: int, dry_run: bool = False) -> int:
     """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed."""
     expanded = expand(plan)
     folder = Path(expanded["folder"])
@@ -137,9 +135,9 @@ def study(plan: str, cores: int, dry_run: bool = False) -> int:
     with lock:
         if not dry_run:
             _set_aside_changed(jobs_file, expanded)
-        runs.write_json(jobs_file, expanded)
+        jobs_file.write_text(json.dumps(expanded, indent=1))
         command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(runs.ROOT / "Snakefile"), "--directory", str(folder),
+            sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
             "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
             "--nolock", "--quiet", "rules", "host",
         ]  # fmt: skip
@@ -152,9 +150,8 @@ def study(plan: str, cores: int, dry_run: bool = False) -> int:
         print(f"{name} {reason}: {folder / name / 'run.ipynb'}", file=sys.stderr)
     if code or missing:
         return 1
-    frame = runs.load(folder)
-    print(tables.summary(frame).to_string(index=False), f"\n{tables.provenance(frame)}", f"\nTables: {folder / 'tables'}", sep="\n")
-    print("Figures:", *sorted((folder / "figures").glob("*.png")), sep="\n  ")
+    print((folder / "tables" / "summary.md").read_text())
+    print("Tables:", *sorted((folder / "tables").glob("*.csv")), "Figures:", *sorted((folder / "figures").glob("*.png")), sep="\n  ")
     return 0
 
 
@@ -179,16 +176,17 @@ def publish(plan: str) -> Path:
         FileNotFoundError: a run of the plan is not finished.
     """
     expanded = expand(plan)
-    source, target = Path(expanded["folder"]), runs.results_dir() / "published" / plan
+    source, target = Path(expanded["folder"]), RESULTS / "published" / plan
     names = [name for name, job in expanded["jobs"].items() if not job["report"]]
-    finished = {name: runs.Run(source / name).metrics for name in names}  # raises before anything is copied
+    if unfinished := [name for name in names if not (source / name / "metrics.json").exists()]:
+        raise FileNotFoundError(f"{plan} is not finished ({', '.join(unfinished)}); make study PLAN={plan}")
     aside = target.with_name(f".{plan}")
     shutil.rmtree(aside, ignore_errors=True)
-    for name in finished:
+    for name in names:
         (aside / name).mkdir(parents=True)
         for file in PUBLISHED_FILES:
             shutil.copyfile(source / name / file, aside / name / file)
-        data = runs.Run(source / name).config["data"]
+        data = json.loads((source / name / "config.json").read_text())["data"]
         split = aside / "splits" / f"{data['dataset']}-{data['protocol']}-fold{data['fold']}-fraction{data['fraction']:g}.csv"
         split.parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name / "split.csv", split)
@@ -196,35 +194,33 @@ def publish(plan: str) -> Path:
     shutil.copytree(source / "figures", aside / "figures", ignore=shutil.ignore_patterns("*.ipynb"))
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
     files = sorted(file for file in aside.rglob("*") if file.is_file())
-    runs.write_json(
-        aside / "manifest.json",
-        {"plan": plan, "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}},
-    )
+    manifest = {"plan": plan, "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}}
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     return target
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hdkd_lib.plans", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("study", "publish"):
-        command = commands.add_parser(name)
-        command.add_argument("plan")
-        if name == "study":
-            command.add_argument("--cores", type=int, default=os.cpu_count())
-            command.add_argument("--dry-run", action="store_true")
-    command = commands.add_parser("run")
+    command = commands.add_parser("run", help="run what is missing of a plan")
+    command.add_argument("plan")
+    command.add_argument("--cores", type=int, default=os.cpu_count())
+    command.add_argument("--dry-run", action="store_true", help="only say what would run")
+    command = commands.add_parser("publish", help="copy a finished plan to results/published/")
+    command.add_argument("plan")
+    command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "study":
-            return study(arguments.plan, arguments.cores, arguments.dry_run)
+        if arguments.command == "run":
+            return run(arguments.plan, arguments.cores, arguments.dry_run)
         if arguments.command == "publish":
             print(publish(arguments.plan))
         else:
-            run(arguments.jobs_file, arguments.name)
+            execute(arguments.jobs_file, arguments.name)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
