@@ -7,7 +7,7 @@ import sys
 STUDY = f"{sys.executable} {workflow.basedir}/study.py execute {config['jobs']}"
 PLAN = json.load(open(config["jobs"]))
 FOLDER = PLAN["folder"]
-os.environ.setdefault("HDKD_WORKFLOW_PID", str(os.getpid()))  # jobs end when this process does, also by kill -9
+
 os.environ["TQDM_DISABLE"] = "1"
 
 

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import filelock
+import psutil
 
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -88,7 +88,7 @@ def execute(jobs_file: Path, name: str) -> None:
     """
     import papermill
 
-    _end_with(int(os.environ.get("HDKD_WORKFLOW_PID", os.getppid())))
+    _end_with_parent()
     jobs = json.loads(Path(jobs_file).read_text())
     job = jobs["jobs"][name]
     folder = Path(job["parameters"].get("run_dir") or job["parameters"]["out"])
@@ -105,15 +105,13 @@ def execute(jobs_file: Path, name: str) -> None:
         raise RuntimeError(f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on")
 
 
-def _end_with(pid: int) -> None:
-    """Ends this process and its kernel when the workflow's process or the parent is gone: a kernel left behind would go on training."""
-    import psutil
-
-    workflow, parent = psutil.Process(pid), os.getppid()
+def _end_with_parent() -> None:
+    """Ends this process and its kernel when the workflow is gone, also by kill -9: a kernel left behind would go on training."""
+    parent = os.getppid()
 
     def watch() -> None:
-        while workflow.is_running() and os.getppid() == parent:
-            time.sleep(1)
+        while os.getppid() == parent:
+            time.sleep(0.5)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(137)
@@ -123,6 +121,8 @@ def _end_with(pid: int) -> None:
 
 def run(plan: str, cores: int, dry_run: bool = False) -> int:
     """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed."""
+    import snakemake.cli
+
     expanded = expand(plan)
     folder = Path(expanded["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,12 +136,15 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
         if not dry_run:
             _set_aside_changed(jobs_file, expanded)
         jobs_file.write_text(json.dumps(expanded, indent=1))
-        command = [
-            sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
+        arguments = [
+            "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
             "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
             "--nolock", "--quiet", "rules", "host",
         ]  # fmt: skip
-        code = subprocess.run(command + ["--dry-run"] * dry_run).returncode
+        try:  # in this process, so that whoever ends it ends the workflow
+            snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
+        except SystemExit as exit:
+            code = exit.code
     if dry_run:
         return code
     missing = [name for name, job in expanded["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()]
