@@ -3,8 +3,8 @@
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
     python study.py publish smoke           # copy what a reader needs to results/published/
 
-A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, fold), `threads` per run, and `runs`:
-a notebook each, its own `parameters`, and `teacher`, the run whose result with the same replicate is its teacher.
+A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, fold), `threads` per run, and
+`runs`: a notebook each, its own `parameters`, and `teacher`, the run whose result with the same replicate is its teacher.
 
 Nothing here imports the library: a job's process starts in a second, its notebook imports what it needs.
 """
@@ -49,7 +49,12 @@ def expand(plan: str) -> dict:
         for replicate in content["replicates"]:
             suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
             name = f"{kind}{suffix}"
-            parameters = {**content.get("parameters", {}), **run.get("parameters", {}), **replicate, "run_dir": str(folder / name)}
+            parameters = {
+                **content.get("parameters", {}),
+                **run.get("parameters", {}),
+                **replicate,
+                "run_dir": str(folder / name),
+            }
             needs = []
             if "teacher" in run:
                 needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {path.name}") + suffix]
@@ -66,7 +71,9 @@ def expand(plan: str) -> dict:
 def _known(name: str, known: list[str], what: str) -> str:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"))
+        raise ValueError(
+            f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}")
+        )
     return name
 
 
@@ -74,14 +81,16 @@ def _check_parameters(name: str, job: dict) -> None:
     """papermill only warns of a parameter that a notebook does not have, and runs it with the default."""
     import papermill
 
-    notebook = NOTEBOOKS / f"{_known(job['notebook'], [f.stem for f in NOTEBOOKS.glob('*.ipynb')], f'notebook of {name}')}.ipynb"
+    notebook = (
+        NOTEBOOKS / f"{_known(job['notebook'], [f.stem for f in NOTEBOOKS.glob('*.ipynb')], f'notebook of {name}')}.ipynb"
+    )
     accepted = list(papermill.inspect_notebook(str(notebook)))
     for parameter in job["parameters"]:
         _known(parameter, accepted, f"parameter of {notebook.name} (run {name})")
 
 
 def execute(jobs_file: Path, name: str) -> None:
-    """Executes one job's notebook into its run folder. Success is a metrics.json (papermill cannot tell), or for reports the notebook's end.
+    """Executes one job's notebook into its folder. A run succeeded if it left a metrics.json: papermill cannot tell.
 
     Raises:
         RuntimeError: the notebook failed; the message names the run, the error and the executed notebook.
@@ -96,17 +105,20 @@ def execute(jobs_file: Path, name: str) -> None:
     executed = folder / "run.ipynb"
     try:
         papermill.execute_notebook(
-            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), job["parameters"], kernel_name="python3", progress_bar=False
-        )
+            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), job["parameters"], kernel_name="python3",
+            progress_bar=False, extra_arguments=["--log-level=50"],  # the kernel's own log says nothing about the run
+        )  # fmt: skip
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
     if not job["report"] and not (folder / "metrics.json").exists():
-        raise RuntimeError(f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on")
+        raise RuntimeError(
+            f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on"
+        )
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its kernel when the workflow is gone, also by kill -9: a kernel left behind would go on training."""
+    """Ends this process and its kernel when the workflow is gone, also by kill -9; a kernel left alone would train on."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -138,8 +150,8 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
         jobs_file.write_text(json.dumps(expanded, indent=1))
         arguments = [
             "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
-            "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime",
-            "--nolock", "--quiet", "rules", "host",
+            "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete",
+            "--rerun-triggers", "mtime", "--nolock", "--quiet", "rules", "host",
         ]  # fmt: skip
         try:  # in this process, so that whoever ends it ends the workflow
             snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
@@ -147,14 +159,26 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
             code = exit.code
     if dry_run:
         return code
-    missing = [name for name, job in expanded["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()]
+    missing = [
+        name for name, job in expanded["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()
+    ]
     for name in missing:
-        reason = "failed" if (folder / name / "run.ipynb").exists() else "was not run (its teacher is missing or the plan was stopped)"
+        reason = (
+            "failed"
+            if (folder / name / "run.ipynb").exists()
+            else "was not run (its teacher is missing or the plan was stopped)"
+        )
         print(f"{name} {reason}: {folder / name / 'run.ipynb'}", file=sys.stderr)
     if code or missing:
         return 1
     print((folder / "tables" / "summary.md").read_text())
-    print("Tables:", *sorted((folder / "tables").glob("*.csv")), "Figures:", *sorted((folder / "figures").glob("*.png")), sep="\n  ")
+    print(
+        "Tables:",
+        *sorted((folder / "tables").glob("*.csv")),
+        "Figures:",
+        *sorted((folder / "figures").glob("*.png")),
+        sep="\n  ",
+    )
     return 0
 
 
@@ -173,7 +197,7 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
 
 
 def publish(plan: str) -> Path:
-    """Copies a finished plan to results/published/PLAN: configurations, metrics, histories, predictions, splits, tables, figures, a manifest.
+    """Copies a finished plan's metrics, histories, predictions, splits, tables and figures to results/published/PLAN.
 
     Raises:
         FileNotFoundError: a run of the plan is not finished.
@@ -197,7 +221,10 @@ def publish(plan: str) -> Path:
     shutil.copytree(source / "figures", aside / "figures", ignore=shutil.ignore_patterns("*.ipynb"))
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
     files = sorted(file for file in aside.rglob("*") if file.is_file())
-    manifest = {"plan": plan, "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}}
+    manifest = {
+        "plan": plan,
+        "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+    }
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 
 
 def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
-    """Training loss (each on its own scale: divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
+    """Training loss (divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
     for name, history in histories.items():
         axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], label=name)
@@ -118,7 +117,7 @@ def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> F
 
 
 def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc")) -> Figure:
-    """Test metrics by kind of run: every replicate a dot, those of one seed and fold joined, mean and 95 % t interval in black."""
+    """Test metrics by kind of run: a dot per replicate, one seed and fold joined, mean and 95 % t interval in black."""
     names = list(dict.fromkeys(frame.run))
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
@@ -131,9 +130,10 @@ def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy
             estimate = interval(frame[frame.run == name][metric])
             width = None if np.isnan(estimate.half_width) else 100 * estimate.half_width
             axis.errorbar(x + 0.22, 100 * estimate.mean, width, fmt="_", color="black", ms=10, capsize=3, zorder=3)
-        axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4))
+        low, high = axis.get_ylim()  # an interval of few runs may reach beyond what the metric can be
+        axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4), ylim=(max(low, 0), min(high, 101)))
         axis.set_xticks(range(len(names)), names)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8)
     return figure
 
 
@@ -158,8 +158,9 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
     for i, (axis, (name, counts)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         counts = np.asarray(counts)
         sns.heatmap(
-            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1, cbar=False,
-            square=True, ax=axis, xticklabels=names, yticklabels=names if i == 0 else False, linewidths=0.5, annot_kws={"fontsize": 9},
+            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1,
+            cbar=False, square=True, linewidths=0.5, annot_kws={"fontsize": 9}, ax=axis,
+            xticklabels=names, yticklabels=names if i == 0 else False,
         )  # fmt: skip
         axis.tick_params(axis="both", rotation=0, labelsize=8)
         axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")

@@ -8,8 +8,9 @@ from torch import Tensor
 def classification(probabilities: Tensor, labels: Tensor) -> dict:
     """Metrics of probabilities (N, C) against labels (N,); all in [0, 1] but `nll` (nats).
 
-    accuracy; balanced_accuracy (mean recall of the classes); macro_f1; macro_auroc (one class against the rest); ece (expected calibration
-    error of the top class, 15 bins, Guo et al. 2017); nll (cross-entropy); confusion (C x C counts, rows are true classes).
+    accuracy; balanced_accuracy (mean recall of the classes); macro_f1; macro_auroc (one class against the rest); ece (expected
+    calibration error of the top class, 15 bins, Guo et al. 2017); nll (cross-entropy); confusion (C x C counts, rows are true
+    classes).
     """
     C = probabilities.shape[1]
     scores = {

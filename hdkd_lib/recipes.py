@@ -50,9 +50,7 @@ HDKD_STUDENT = Recipe(
     warmup_lr=2e-5,
 )
 # OUR CHOICE, for the nano networks and few epochs: a larger rate, annealed to near zero, one recipe for teacher and students.
-NANO = Recipe(
-    epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", min_lr=1e-5
-)
+NANO = Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", min_lr=1e-5)
 
 RECIPES = {"hdkd_teacher": HDKD_TEACHER, "hdkd_student": HDKD_STUDENT, "nano": NANO}
 

@@ -72,7 +72,7 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path | None, config: dict) -> "Run":
-        """The run of this configuration in `path`, by default a folder named after the configuration under results/runs/interactive/.
+        """The run of this configuration in `path`, by default in results/runs/interactive/ under a name of its own.
 
         A run of another configuration that lies there is kept: it is renamed to NAME~HASH.
         """
@@ -81,7 +81,9 @@ class Run:
             name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{identity}"
             path = results_dir() / "runs" / "interactive" / name
         path = Path(path)
-        if (path / "config.json").exists() and (other := config_hash(json.loads((path / "config.json").read_text()))) != identity:
+        if (path / "config.json").exists() and (
+            other := config_hash(json.loads((path / "config.json").read_text()))
+        ) != identity:
             path.rename(path.with_name(f"{path.name}~{other}"))
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
@@ -129,8 +131,9 @@ class Run:
 def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
-    Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold, seed, epochs, epoch, parameters, seconds,
-    images_per_second, precision, device, and the test metrics of the best validation epoch (`last_...` those of the last epoch).
+    Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold,
+    seed, epochs, epoch, parameters, seconds, images_per_second, precision, device, and the test metrics of the best validation
+    epoch (`last_...` those of the last epoch).
 
     Raises:
         FileNotFoundError: no finished run is there.
@@ -160,7 +163,9 @@ def load(folder: str | Path) -> pd.DataFrame:
     if not rows:
         raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
     table = pd.DataFrame(rows)
-    return table.sort_values(["method", "run", "seed", "fold"], key=lambda c: c != "Supervised" if c.name == "method" else c, ignore_index=True)
+    return table.sort_values(
+        ["method", "run", "seed", "fold"], key=lambda c: c != "Supervised" if c.name == "method" else c, ignore_index=True
+    )
 
 
 def environment(device: torch.device) -> dict:

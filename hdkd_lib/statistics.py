@@ -10,7 +10,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the half-width of its confidence interval (nan for one value), the number of values, and a p-value if it is a test."""
+    """A mean, the half-width of its interval (nan for one value), the number of values, and p if it is a test."""
 
     mean: float
     half_width: float

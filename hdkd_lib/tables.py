@@ -46,7 +46,8 @@ def provenance(frame: pd.DataFrame) -> str:
     epochs = "/".join(map(str, sorted(frame.epochs.unique())))
     return (
         f"{first.dataset} at {first.image_size} px, {first.protocol} split (folds {folds}), seeds {seeds}, {epochs} epochs, "
-        f"{first.precision}; test part, epoch chosen on validation; mean ± 95 % t interval in percent, differences paired by seed and fold."
+        f"{first.precision}; test part, epoch chosen on validation; mean ± 95 % t interval in percent, "
+        "differences paired by seed and fold."
     )
 
 
@@ -61,7 +62,7 @@ def write(frame: pd.DataFrame, folder: str | Path) -> None:
 
 
 def metrics(measured: dict) -> pd.DataFrame:
-    """The metrics of one run (`Run.metrics`) side by side: validation and test, of the best validation epoch and of the last."""
+    """The metrics of one run (`Run.metrics`): validation and test, of the best validation epoch and of the last."""
     columns = {
         f"{which} epoch, {part}": {title: measured[which][part][key] for key, title in METRICS.items()}
         for which in ("best", "last")

@@ -35,11 +35,12 @@ def fit(
     precision: str = "auto",
     resume: bool = True,
 ) -> Run:
-    """Trains the task's student, measures it, and returns the run; a finished run of the same configuration is returned as it is.
+    """Trains the task's student, measures it and returns the run; a finished one of the same configuration is not repeated.
 
-    The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best"; the test part is touched once, at
-    the end, with those weights and with the last ones. Each epoch draws its randomness from (seed, epoch) alone, so an interrupted and resumed
-    run ends with the weights of an uninterrupted one (bitwise on one CPU with one number of threads).
+    The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best"; the test part
+    is touched once, at the end, with those weights and with the last ones. Each epoch draws its randomness from (seed, epoch)
+    alone, so an interrupted and resumed run ends with the weights of an uninterrupted one (bitwise on one CPU with one number
+    of threads).
 
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
@@ -97,7 +98,9 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
     write_json(run.path / "environment.json", runs.environment(device))
-    split = pd.DataFrame([(i, part) for part in ("train", "val", "test") for i in getattr(data, part).ids], columns=["id", "part"])
+    split = pd.DataFrame(
+        [(i, part) for part in ("train", "val", "test") for i in getattr(data, part).ids], columns=["id", "part"]
+    )
     write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
     progress = tqdm(range(len(history), recipe.epochs), desc=type(task).__name__, initial=len(history), total=recipe.epochs)
@@ -125,8 +128,8 @@ def _train(
         row |= {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
         if not math.isfinite(row["train_loss"]):
             raise FloatingPointError(
-                f"the loss of {type(task).__name__} became {row['train_loss']} in epoch {epoch}; lower lr (now {recipe.lr}) or set "
-                f"precision='float32' (now {precision}); {len(history)} epochs are kept in {run.path}"
+                f"the loss of {type(task).__name__} became {row['train_loss']} in epoch {epoch}; lower lr (now {recipe.lr}) "
+                f"or set precision='float32' (now {precision}); {len(history)} epochs are kept in {run.path}"
             )
         seconds = time.perf_counter() - start
         scores = metrics.classification(predict(task, val, precision=precision), data.val.labels)
@@ -144,7 +147,9 @@ def _train(
     checkpoint.unlink()
 
 
-def _finish(task: Method, data: Data, recipe: Recipe, run: Run, precision: str, epochs: dict[str, int], history: list[dict]) -> None:
+def _finish(
+    task: Method, data: Data, recipe: Recipe, run: Run, precision: str, epochs: dict[str, int], history: list[dict]
+) -> None:
     """The one use of the test part."""
     measured = {}
     for which in ("last", "best"):
@@ -194,9 +199,7 @@ def to_device(part: Part, device: torch.device) -> Part:
 def resolve_device(device: str) -> torch.device:
     if device != "auto":
         return torch.device(device)
-    return torch.device(
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -95,7 +95,9 @@ def _build(source: Source, image_size: int, folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(one, range(len(source.ids))))
     if broken := [f"{source.images[i]} ({h})" for i, h in enumerate(hashes) if isinstance(h, Exception)]:
-        raise ValueError(f"{len(broken)} of {len(hashes)} images cannot be decoded; replace or remove them:\n" + "\n".join(broken))
+        raise ValueError(
+            f"{len(broken)} of {len(hashes)} images cannot be decoded; replace or remove them:\n" + "\n".join(broken)
+        )
     images.flush()
     (folder / "hashes.json").write_text(json.dumps(hashes))
 
@@ -108,7 +110,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Normalise(nn.Module):
-    """uint8 images (B, 3, H, W) to float in [0, 1], augmented if `augment` is given, then in the model's mean and standard deviation."""
+    """uint8 images (B, 3, H, W) to [0, 1], augmented if `augment` is given, then in the model's normalisation."""
 
     def __init__(self, model: nn.Module, augment: nn.Module | None = None):
         super().__init__()

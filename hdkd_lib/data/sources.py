@@ -55,7 +55,7 @@ def digits(root: Path | None = None) -> Source:
 
 
 def folder(root: Path | None) -> Source:
-    """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing,val}/CLASS/*, or ROOT/CLASS/* without a published split.
+    """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing,val}/CLASS/*, or ROOT/CLASS/*.
 
     Raises:
         FileNotFoundError: ROOT is missing or holds no class folder.
@@ -86,9 +86,7 @@ def folder(root: Path | None) -> Source:
             f"{train.name} and {test.name} in {root} have other classes: {', '.join(differing)} is in one of them only; "
             "give both the same class folders"
         )
-    rows = [
-        (path, part, classes.index(name)) for part in files for name in classes for path in files[part][name]
-    ]
+    rows = [(path, part, classes.index(name)) for part in files for name in classes for path in files[part][name]]
     return Source(
         name="folder",
         classes=classes,
@@ -96,7 +94,12 @@ def folder(root: Path | None) -> Source:
         ids=[path.relative_to(root).as_posix() for path, _, _ in rows],
         labels=np.array([label for _, _, label in rows]),
         parts=None if train is None else [part for _, part, _ in rows],
-        card={"title": f"image folder {root.name}", "licence": "not known", "citation": "not known", "known_faults": "not known"},
+        card={
+            "title": f"image folder {root.name}",
+            "licence": "not known",
+            "citation": "not known",
+            "known_faults": "not known",
+        },
     )
 
 
@@ -110,7 +113,7 @@ def brain_tumor(root: Path | None) -> Source:
             "card": {
                 "title": "Brain Tumor Classification (MRI), SARTAJ version",
                 "licence": "none stated by its authors",
-                "citation": "S. Bhuvaji et al., Brain Tumor Classification (MRI), Kaggle, 2020, doi:10.34740/KAGGLE/DSV/1183165",
+                "citation": "S. Bhuvaji et al., Kaggle, 2020, doi:10.34740/KAGGLE/DSV/1183165",
                 "known_faults": "251 of 394 test images are pixel-identical to a training image; no patient identifiers; "
                 "the Testing gliomas look like another source than the Training gliomas",
             },
@@ -184,8 +187,13 @@ def _existing(root: Path | None) -> Path:
 def _find(root: Path | None, names: tuple[str, ...], dataset: str) -> Path:
     """`root` itself or the one folder in it (the data set's own name first) that holds all of the given names."""
     root = _existing(root)
-    candidates = [root, *sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: (not d.name.startswith(dataset), d.name))]
+    candidates = [
+        root,
+        *sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: (not d.name.startswith(dataset), d.name)),
+    ]
     for candidate in candidates:
         if all((candidate / name).exists() for name in names):
             return candidate
-    raise FileNotFoundError(f"no {dataset} in {root}: no folder there holds {' and '.join(names)}; download it or correct root=")
+    raise FileNotFoundError(
+        f"no {dataset} in {root}: no folder there holds {' and '.join(names)}; download it or correct root="
+    )

@@ -1,4 +1,4 @@
-"""Splits that cannot leak: a pure function of the images' content, their groups and a seed; the order of files does not matter."""
+"""Splits that cannot leak: a pure function of the images' content, their groups and a seed, not of file order."""
 
 from collections.abc import Sequence
 
@@ -36,9 +36,9 @@ def split(
 ) -> dict[str, np.ndarray]:
     """Indices of `train`, `val` and `test`.
 
-    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no group crosses. "official": the published
-    test part. "random": folds by image, as most papers split, to measure what leakage is worth. Validation is always carved from
-    what is not test, by the same rule as the folds ("official": by group).
+    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no group crosses. "official": the
+    published test part. "random": folds by image, as most papers split, to measure what leakage is worth. Validation is always
+    carved from what is not test, by the same rule as the folds ("official": by group).
 
     Args:
         labels, hashes, groups, parts: of length N; see `Source` and `decode`.
@@ -82,11 +82,15 @@ def split(
         train = np.concatenate([i[: max(1, round(fraction * len(i)))] for i in by_class])
     for part, index in (("train", train), ("val", val), ("test", test)):
         if absent := sorted(set(range(len(names))) - set(labels[index])):
-            raise ValueError(f"no image of class {names[absent[0]]!r} is in the {part} part; the class has too few images to split")
+            raise ValueError(
+                f"no image of class {names[absent[0]]!r} is in the {part} part; the class has too few images to split"
+            )
     return {part: np.sort(order[index]) for part, index in (("train", train), ("val", val), ("test", test))}
 
 
-def _folds(index: np.ndarray, labels: np.ndarray, number: np.ndarray, count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _folds(
+    index: np.ndarray, labels: np.ndarray, number: np.ndarray, count: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     count = min(count, min(len(np.unique(number[index][labels[index] == c])) for c in np.unique(labels[index])))
     folds = StratifiedGroupKFold(max(count, 2), shuffle=True, random_state=seed)
     return [(index[rest], index[held]) for rest, held in folds.split(index, labels[index], number[index])]

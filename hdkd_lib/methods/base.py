@@ -10,7 +10,8 @@ from hdkd_lib import models
 
 
 class Method(timm.task.TrainingTask):
-    """`task(images, target)` gives a dict with `loss`, `output` (logits) and each term by name; images are normalised (B, C, H, W).
+    """`task(images, target)` gives a dict with `loss`, `output` (logits) and each term by name; images (B, C, H, W)
+    are in the student's normalisation.
 
     `trainable_module` is the student, which is all that is optimised and saved (timm's meaning).
     Subclasses are constructed by keyword only; `settings()` gives the arguments that are numbers or words.
@@ -42,7 +43,7 @@ class Method(timm.task.TrainingTask):
 
 
 class Teacher(nn.Module):
-    """A network that only answers: frozen, in eval mode whatever `train()` is called on, without gradient, in its own normalisation."""
+    """A network that only answers: frozen, in eval mode whatever `train()` is called on, in its own normalisation."""
 
     def __init__(self, network: nn.Module, student: nn.Module):
         super().__init__()
@@ -62,7 +63,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, indices: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, C) and the intermediate maps of the given indices, from one pass over images in the student's normalisation."""
+        """Logits (B, C) and the maps of the given indices, from one pass; images in the student's normalisation."""
         if self.network.training:  # train() was called on the network itself
             self.network.eval()
         if not self.is_same_normalisation:

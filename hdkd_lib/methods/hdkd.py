@@ -1,16 +1,17 @@
 """HDKD: hybrid data-efficient knowledge distillation.
 
-EL-Assiouti, Hamed, Khattab, Ebied, "HDKD: Hybrid Data-Efficient Knowledge Distillation Network for Medical Image Classification",
-Eng. Appl. of Artificial Intelligence 138, 2024 (arXiv 2407.07516). With z_c, z_d the student's class and distillation logits, t the
-teacher's logits on the same augmented batch, and F_i the outputs of the stages that student and teacher share:
+EL-Assiouti, Hamed, Khattab, Ebied, "HDKD: Hybrid Data-Efficient Knowledge Distillation Network for Medical Image
+Classification", Eng. Appl. of Artificial Intelligence 138, 2024 (arXiv 2407.07516). With z_c, z_d the student's class and
+distillation logits, t the teacher's logits on the same augmented batch, and F_i the outputs of the stages that student and
+teacher share:
 
     L_logit = (1 - alpha) CE(z_c, y) + alpha {tau^2 KL(t || z_d) | CE(z_d, argmax t)}
     L_feat  = sum_i i^alpha_f MSE(F_T_i, F_S_i)          i = 1, 2, ... counts the chosen stages
     L       = L_logit + lambda L_feat
 
-No projection and no normalisation stands between the features: the networks share their stages' shapes. Prediction is the mean of
-both heads. Defaults and the division of KL by B * C are those of the official code (omarsherif200/HDKD at f7c7dae), which runs each
-network up to four times a step; here each runs once, with the same loss and gradients.
+No projection and no normalisation stands between the features: the networks share their stages' shapes. Prediction is the mean
+of both heads. Defaults and the division of KL by B * C are those of the official code (omarsherif200/HDKD at f7c7dae), which
+runs each network up to four times a step; here each runs once, with the same loss and gradients.
 """
 
 from collections.abc import Sequence
@@ -93,7 +94,9 @@ class HDKD(Distillation):
         else:
             distillation = hard_distillation(distillation_logits, teacher_logits)
         logit_loss = (1 - self.alpha) * F.cross_entropy(class_logits, target) + self.alpha * distillation
-        features = feature_loss(teacher_maps, student_maps, exponent=self.stage_exponent) if indices else logit_loss.new_zeros(())
+        features = (
+            feature_loss(teacher_maps, student_maps, exponent=self.stage_exponent) if indices else logit_loss.new_zeros(())
+        )
         return {
             "loss": logit_loss + self.feature_weight * features,
             "output": self._prediction(class_logits, distillation_logits),

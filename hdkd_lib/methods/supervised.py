@@ -7,7 +7,7 @@ from hdkd_lib.methods.base import Method
 
 
 class Supervised(Method):
-    """`Supervised(student=model)(images, labels)` gives `loss` and `output` (logits of shape (B, C)); labels (B,) are class indices."""
+    """`Supervised(student=model)(images, labels)` gives `loss` and `output` (logits (B, C)); labels are class indices (B,)."""
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         output = self.student(images)

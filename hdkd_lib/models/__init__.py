@@ -35,7 +35,7 @@ def describe(model: nn.Module) -> dict:
 
 
 def cost(model: nn.Module, image_size: int) -> dict[str, float]:
-    """`parameters`, and `gflops` of one image's forward pass (2 per multiply-add; convolutions, linear layers and attention)."""
+    """`parameters`, and `gflops` of one image's forward pass (2 per multiply-add; convolutions, matrix products)."""
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 3, image_size, image_size, device=device))

@@ -38,7 +38,7 @@ class _ThreeStages(nn.Module):
             for i, (before, width, depth) in enumerate(zip((in_chans, *widths), widths, units, strict=False))
         )
         self.feature_info = [
-            dict(num_chs=width, reduction=stem_stride * 2**i, module=f"stages.{i}") for i, width in enumerate(widths)
+            {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
         ]
         self.grad_checkpointing = False
 
@@ -99,7 +99,7 @@ class HDKDTeacher(_ThreeStages):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs by index (0, 1, 2; None: all) and the final features, from one pass; timm's meaning of every argument."""
+        """Stage outputs by index (0, 1, 2; None: all) and the final features, from one pass; arguments as in timm."""
         if output_fmt != "NCHW":
             raise ValueError(f"hdkd_teacher gives NCHW maps only (asked for {output_fmt})")
         take, last = feature_take_indices(len(self.stages), indices)
@@ -124,7 +124,7 @@ class HDKDTeacher(_ThreeStages):
 
 
 class PatchEmbed(nn.Module):
-    """Feature map (B, C, H, W) -> tokens (B, H*W/4, dim): 2x2 patches in order (row, column, channel), LayerNorm, Linear, LayerNorm."""
+    """(B, C, H, W) -> (B, H*W/4, dim): 2x2 patches in order (row, column, channel), LayerNorm, Linear, LayerNorm."""
 
     def __init__(self, in_chans: int, dim: int, grid_size: tuple[int, int], stride: int):
         super().__init__()
@@ -205,7 +205,7 @@ class HDKDStudent(_ThreeStages):
         self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = 2 if distilled else 1
         self.distilled_training = False
-        self.feature_info += [dict(num_chs=embed_dim, reduction=stride, module=f"blocks.{i}") for i in range(depth)]
+        self.feature_info += [{"num_chs": embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(depth)]
 
         self.patch_embed = PatchEmbed(widths[-1], embed_dim, (height // stride, width // stride), stride)
         tokens = self.num_prefix_tokens + self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
@@ -224,7 +224,7 @@ class HDKDStudent(_ThreeStages):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Empty: the official recipe decays tokens and positions too; one-dimensional parameters are excluded by the optimiser."""
+        """Empty: the official recipe decays tokens and positions too (one-dimensional parameters never)."""
         return set()
 
     @torch.jit.ignore
@@ -309,7 +309,7 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-_NANO = dict(widths=(16, 24, 48))
+_NANO = {"widths": (16, 24, 48)}
 _STUDENT = _cfg(fixed_input_size=True)
 _DISTILLED = _cfg(fixed_input_size=True, classifier=("head", "head_dist"))
 default_cfgs = generate_default_cfgs(
@@ -338,7 +338,7 @@ def hdkd_teacher(pretrained: bool = False, **kwargs) -> HDKDTeacher:
 def hdkd_teacher_nano(pretrained: bool = False, **kwargs) -> HDKDTeacher:
     """Units 2, 2, 3 of widths 16, 24, 48."""
     return _create(
-        HDKDTeacher, "hdkd_teacher_nano", pretrained, **(_NANO | dict(units=(2, 2, 3), head_hidden_size=32) | kwargs)
+        HDKDTeacher, "hdkd_teacher_nano", pretrained, **(_NANO | {"units": (2, 2, 3), "head_hidden_size": 32} | kwargs)
     )
 
 
@@ -352,20 +352,20 @@ def hdkd_student(pretrained: bool = False, **kwargs) -> HDKDStudent:
 def hdkd_student_nano(pretrained: bool = False, **kwargs) -> HDKDStudent:
     """Units 1, 1, 2 of widths 16, 24, 48 and two transformer blocks of width 64."""
     return _create(
-        HDKDStudent, "hdkd_student_nano", pretrained, **(_NANO | dict(units=(1, 1, 2), embed_dim=64, depth=2) | kwargs)
+        HDKDStudent, "hdkd_student_nano", pretrained, **(_NANO | {"units": (1, 1, 2), "embed_dim": 64, "depth": 2} | kwargs)
     )
 
 
 @register_model
 def hdkd_student_distilled(pretrained: bool = False, **kwargs) -> HDKDStudent:
     """`hdkd_student` with a distillation token and head: 3,723,690 + 514 * num_classes parameters; 4.05 GFLOPs at 224 px."""
-    return _create(HDKDStudent, "hdkd_student_distilled", pretrained, **(dict(distilled=True) | kwargs))
+    return _create(HDKDStudent, "hdkd_student_distilled", pretrained, **({"distilled": True} | kwargs))
 
 
 @register_model
 def hdkd_student_distilled_nano(pretrained: bool = False, **kwargs) -> HDKDStudent:
     """`hdkd_student_nano` with a distillation token and head."""
-    nano = _NANO | dict(units=(1, 1, 2), embed_dim=64, depth=2, distilled=True)
+    nano = _NANO | {"units": (1, 1, 2), "embed_dim": 64, "depth": 2, "distilled": True}
     return _create(HDKDStudent, "hdkd_student_distilled_nano", pretrained, **(nano | kwargs))
 
 

@@ -12,9 +12,7 @@ class ConvUnit(nn.Sequential):
     """3x3 convolution, batch norm, GELU: one unit of the stem stage [code]. (B, in, H, W) -> (B, out, H/stride, W/stride)."""
 
     def __init__(self, in_chans: int, out_chans: int, stride: int = 1):
-        super().__init__(
-            nn.Conv2d(in_chans, out_chans, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_chans), nn.GELU()
-        )
+        super().__init__(nn.Conv2d(in_chans, out_chans, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_chans), nn.GELU())
 
 
 class ChannelAttention(nn.Module):
@@ -114,6 +112,4 @@ def conv_stage(in_chans: int, out_chans: int, units: int, *, stride: int = 2, bl
     """`units` units of which the first has the stride; `block=None` makes a stem stage, else MBCSA units with that gate."""
     if block is None:
         return nn.Sequential(*(ConvUnit(out_chans if i else in_chans, out_chans, 1 if i else stride) for i in range(units)))
-    return nn.Sequential(
-        *(MBCSA(out_chans if i else in_chans, out_chans, downsample=i == 0, gate=block) for i in range(units))
-    )
+    return nn.Sequential(*(MBCSA(out_chans if i else in_chans, out_chans, downsample=i == 0, gate=block) for i in range(units)))

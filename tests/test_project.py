@@ -1,0 +1,83 @@
+"""The environment files agree and cover every import; README's numbers are those of results/."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PUBLISHED = sorted(path for path in (ROOT / "results" / "published").glob("*") if path.is_dir())
+
+
+def requirements() -> dict[str, Requirement]:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return {Requirement(line).name: Requirement(line) for lines in lists for line in lines}
+
+
+def pins() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, version = line.split(" ;")[0].strip().split("==")
+        found.setdefault(name, []).append(version)
+    return found
+
+
+def test_every_requirement_is_pinned_inside_its_range():
+    for name, requirement in requirements().items():
+        assert name in pins(), f"{name} is not in constraints.txt: make lock"
+        assert all(version in requirement.specifier for version in pins()[name])
+
+
+def test_environment_yml_installs_the_project_with_all_extras_under_the_same_pins():
+    text = (ROOT / "environment.yml").read_text()
+    assert "-c constraints.txt" in text
+    assert f"-e .[{','.join(PROJECT['optional-dependencies'])}]" in text
+    python = re.search(r"python=([\d.]+)", text)[1]
+    assert tuple(map(int, python.split("."))) >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
+
+
+def test_every_import_is_a_requirement():
+    sources = [path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("hdkd_lib/**/*.py"), *ROOT.glob("tests/**/*.py")]]
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        sources.append("\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"))
+    imported = set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module.split(".")[0])
+    own = {"hdkd_lib", "study", "conftest"}
+    distributions = packages_distributions()
+    required = {name.lower() for name in requirements()}
+    foreign = imported - set(sys.stdlib_module_names) - own
+    assert not {m for m in foreign if not {d.lower() for d in distributions.get(m, [])} & required}
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_tables_regenerate_from_the_published_runs_alone(folder, tmp_path):
+    from hdkd_lib import runs, tables
+
+    tables.write(runs.load(folder), tmp_path)
+    for file in ("runs.csv", "summary.csv", "summary.md"):
+        assert (tmp_path / file).read_text() == (folder / "tables" / file).read_text()
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_the_manifest_names_every_published_file_with_its_hash(folder):
+    import hashlib
+    import json
+
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    present = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json"}
+    assert listed == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in present.items()}
+
+
+def test_readme_shows_the_published_table():
+    assert (ROOT / "results/published/brain_tumor_nano/tables/summary.md").read_text() in (ROOT / "README.md").read_text()

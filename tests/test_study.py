@@ -1,0 +1,184 @@
+"""The batch driver: plans, their checks, and what happens when a run fails or is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+import study
+
+TINY = """
+parameters: {dataset: digits, image_size: 16, recipe: nano, fraction: 0.05, epochs: 1}
+replicates: [{seed: 0}]
+runs:
+  teacher: {notebook: 02_teacher, parameters: {network: hdkd_teacher_nano}}
+  student: {notebook: 03_student, parameters: {network: hdkd_student_nano}}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A function that writes a plan beside copies of the notebooks; results go to a temporary folder."""
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    (notebooks / "plans").mkdir()
+    for notebook in study.NOTEBOOKS.glob("*.ipynb"):
+        (notebooks / notebook.name).write_bytes(notebook.read_bytes())
+    monkeypatch.setattr(study, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+
+    def write(content: str, name: str = "tiny") -> str:
+        (notebooks / "plans" / f"{name}.yaml").write_text(content)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize("path", sorted((study.NOTEBOOKS / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_plan_expands_and_names_only_parameters_that_its_notebooks_have(path):
+    expanded = study.expand(path.stem)
+    names = expanded["jobs"].keys()
+    assert all(needed in names for job in expanded["jobs"].values() for needed in job["needs"])
+    folders = [job["parameters"]["run_dir"] for job in expanded["jobs"].values() if not job["report"]]
+    assert len(set(folders)) == len(folders) >= 2
+
+
+def test_a_run_gets_the_teacher_of_its_own_replicate():
+    jobs = study.expand("brain_tumor_nano")["jobs"]
+    hdkd = jobs["hdkd-seed2-fold2"]
+    assert hdkd["needs"] == ["teacher-seed2-fold2"]
+    assert hdkd["parameters"]["teacher_dir"] == jobs["teacher-seed2-fold2"]["parameters"]["run_dir"]
+    assert (hdkd["parameters"]["seed"], hdkd["parameters"]["fold"]) == (2, 2)
+
+
+def test_plans_are_read_as_yaml_1_2(plan):
+    jobs = study.expand(plan(TINY.replace("epochs: 1", "lr: 1e-3, protocol: no")))["jobs"]
+    assert jobs["student-seed0"]["parameters"]["lr"] == 1e-3
+    assert jobs["student-seed0"]["parameters"]["protocol"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs: 1", "epoch: 1"), "unknown parameter of 02_teacher.ipynb .*'epoch'; did you mean 'epochs'"),
+        (("02_teacher", "02_techer"), "unknown notebook of teacher-seed0 '02_techer'; did you mean '02_teacher'"),
+        (("runs:", "run:"), "unknown key in tiny.yaml 'run'; did you mean 'runs'"),
+        (
+            ("{notebook: 03_student", "{teacher: techer, notebook: 03_student"),
+            "unknown teacher of run student .* did you mean 'teacher'",
+        ),
+    ],
+)
+def test_a_mistake_in_a_plan_is_refused_before_anything_runs(plan, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.run(plan(TINY.replace(*change)), cores=1)
+
+
+def test_an_unknown_plan_suggests_the_nearest():
+    with pytest.raises(ValueError, match="unknown plan 'smok'; did you mean 'smoke'"):
+        study.expand("smok")
+
+
+def test_runs_whose_parameters_changed_are_set_aside_and_others_stay(plan, tmp_path):
+    before = study.expand(plan(TINY))
+    folder = tmp_path / "results" / "runs" / "tiny"
+    for name in before["jobs"]:
+        (folder / name).mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps(before))
+    study._set_aside_changed(folder / "jobs.json", study.expand(plan(TINY.replace("hdkd_student_nano", "hdkd_student"))))
+    assert (folder / "student-seed0~1").is_dir()
+    assert not (folder / "student-seed0").exists()
+    assert (folder / "teacher-seed0").is_dir()
+
+
+def test_publishing_an_unfinished_plan_names_what_is_missing(plan):
+    with pytest.raises(FileNotFoundError, match=r"tiny is not finished .teacher-seed0, student-seed0"):
+        study.publish(plan(TINY))
+
+
+@pytest.fixture
+def fake(plan, tmp_path):
+    """A plan of two notebooks that write a metrics.json without training; `student` fails until the file FIXED exists."""
+    header = 'seed: int = 0\nrun_dir: str = ""'
+    write = "import pathlib, json, time\npathlib.Path(run_dir, 'config.json').write_text('{}')\n"
+    finish = "pathlib.Path(run_dir, 'metrics.json').write_text('{}')"
+    bodies = {
+        "02_teacher": write + finish,
+        "03_student": write + f"assert pathlib.Path({str(tmp_path / 'FIXED')!r}).exists(), 'broken on purpose'\n" + finish,
+    }
+    reports = {
+        "09_tables": "import pathlib\nfor f in ('summary.csv', 'summary.md'): pathlib.Path(out, f).write_text('table')",
+        "10_figures": "import pathlib\npathlib.Path(out, 'comparison.png').write_text('figure')",
+    }
+    for name, body in {**bodies, **reports}.items():
+        parameters = nbformat.v4.new_code_cell(header if name in bodies else 'results: str = ""\nout: str = ""')
+        parameters.metadata["tags"] = ["parameters"]
+        notebook = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(body)])
+        notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        nbformat.write(notebook, study.NOTEBOOKS / f"{name}.ipynb")
+    plan("replicates: [{seed: 0}]\nruns: {teacher: {notebook: 02_teacher}, student: {notebook: 03_student}}", "fake")
+    # Snakemake starts study.py anew, which must find the same notebooks and results.
+    root = tmp_path
+    for file in ("study.py", "Snakefile"):
+        (root / file).write_bytes((study.ROOT / file).read_bytes())
+    return root
+
+
+def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_runs_only_what_is_missing(fake):
+    command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
+    failed = subprocess.run(command, cwd=fake, capture_output=True, text=True)
+    folder = fake / "results" / "runs" / "fake"
+    assert failed.returncode == 1
+    assert "student-seed0 failed" in failed.stderr
+    assert "broken on purpose" in (folder / "student-seed0" / "run.ipynb").read_text()
+    assert (folder / "teacher-seed0" / "metrics.json").exists()
+    assert not (folder / "tables").exists()
+
+    teacher_time = (folder / "teacher-seed0" / "metrics.json").stat().st_mtime_ns
+    (fake / "FIXED").touch()
+    mended = subprocess.run(command, cwd=fake, capture_output=True, text=True)
+    assert mended.returncode == 0, mended.stderr
+    assert (folder / "teacher-seed0" / "metrics.json").stat().st_mtime_ns == teacher_time
+    assert (folder / "figures" / "comparison.png").exists()
+    published = subprocess.run([sys.executable, "study.py", "publish", "fake"], cwd=fake, capture_output=True, text=True)
+    assert published.returncode == 1  # these notebooks write no history
+
+
+def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(fake):
+    notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
+    source = notebook.cells[1].source
+    notebook.cells[
+        1
+    ].source = f"import os, pathlib, time\npathlib.Path({str(fake / 'PID')!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
+    (fake / "FIXED").touch()
+    command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
+    started = subprocess.Popen(command, cwd=fake, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _wait(lambda: (fake / "PID").exists() and (fake / "PID").read_text(), 60)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    kernel = int((fake / "PID").read_text())
+    _wait(lambda: not _is_running(kernel), 20)
+
+    notebook.cells[1].source = source
+    nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
+    again = subprocess.run(command, cwd=fake, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+
+
+def _wait(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def _is_running(pid):
+    import psutil
+
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
