@@ -23,11 +23,12 @@ lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
 test: export TQDM_DISABLE = 1
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests
-	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+	$(BIN)/pytest -n 2 --dist loadfile tests
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 notebooks: export TQDM_DISABLE = 1
 notebooks: .venv/installed

@@ -138,47 +138,37 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     expanded = expand(plan)
     folder = Path(expanded["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    jobs_file = folder / "jobs.json"
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    lock = filelock.FileLock(folder / ".lock")  # held until this function ends
     try:
-        lock.acquire()
+        lock.acquire(timeout=1)
     except filelock.Timeout:
-        raise RuntimeError(f"the plan {plan} is running already (lock {folder / '.lock'}); wait for it or stop it") from None
-    with lock:
-        if not dry_run:
-            _set_aside_changed(jobs_file, expanded)
-        jobs_file.write_text(json.dumps(expanded, indent=1))
-        arguments = [
-            "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
-            "--config", f"jobs={jobs_file}", "--cores", str(cores), "--keep-going", "--rerun-incomplete",
-            "--rerun-triggers", "mtime", "--nolock", "--quiet", "rules", "host",
-        ]  # fmt: skip
-        try:  # in this process, so that whoever ends it ends the workflow
-            snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
-        except SystemExit as exit:
-            code = exit.code
+        print(f"the plan {plan} is running already; waiting for it to end", file=sys.stderr)
+        lock.acquire()
+    jobs_file = folder / ("dry-run.json" if dry_run else "jobs.json")
+    if not dry_run:
+        _set_aside_changed(jobs_file, expanded)
+    jobs_file.write_text(json.dumps(expanded, indent=1))
+    arguments = [
+        "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--config", f"jobs={jobs_file}",
+        "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
+        "--quiet", "rules", "host",
+    ]  # fmt: skip
+    try:  # in this process, so that whoever ends it ends the workflow
+        snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        lock.release()
     if dry_run:
         return code
-    missing = [
-        name for name, job in expanded["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()
-    ]
-    for name in missing:
-        reason = (
-            "failed"
-            if (folder / name / "run.ipynb").exists()
-            else "was not run (its teacher is missing or the plan was stopped)"
-        )
-        print(f"{name} {reason}: {folder / name / 'run.ipynb'}", file=sys.stderr)
-    if code or missing:
+    for name, job in expanded["jobs"].items():
+        if not job["report"] and not (folder / name / "metrics.json").exists():
+            print(f"not finished: {name} ({folder / name / 'run.ipynb'}); start the plan again to go on", file=sys.stderr)
+    if code:
         return 1
     print((folder / "tables" / "summary.md").read_text())
-    print(
-        "Tables:",
-        *sorted((folder / "tables").glob("*.csv")),
-        "Figures:",
-        *sorted((folder / "figures").glob("*.png")),
-        sep="\n  ",
-    )
+    files = [*sorted((folder / "tables").glob("*.csv")), *sorted((folder / "figures").glob("*.png"))]
+    print("Tables and figures:", *files, sep="\n  ")
     return 0
 
 

@@ -48,7 +48,7 @@ def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_cl
         for row, axis in enumerate(axes[:, c]):
             axis.axis("off")
             if row < len(chosen):
-                axis.imshow(chosen[row].permute(1, 2, 0).cpu().numpy())
+                axis.imshow(chosen[row].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes[0, c].set_title(str(name).replace("_", "\n"), fontsize=9)
     return figure
 
@@ -59,7 +59,7 @@ def image_grid(rows: Mapping[str, Tensor]) -> Figure:
     figure, axes = plt.subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
@@ -75,6 +75,7 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
     axis.set_xticks(range(len(classes)), [str(name).replace("_", "\n") for name in classes])
     axis.set_xlabel("")
+    sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(parts), title=None, frameon=False)
     return figure
 
 

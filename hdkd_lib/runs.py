@@ -16,7 +16,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import filelock
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hdkd_lib import models
@@ -52,7 +54,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(aside)
         aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         aside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; free some space and start again, finished epochs are kept") from error
 
@@ -84,15 +86,28 @@ class Run:
         if (path / "config.json").exists() and (
             other := config_hash(json.loads((path / "config.json").read_text()))
         ) != identity:
-            path.rename(path.with_name(f"{path.name}~{other}"))
+            aside = path.with_name(f"{path.name}~{other}")
+            while aside.exists():  # that configuration was set aside here before
+                aside = aside.with_name(f"{aside.name}~")
+            path.rename(aside)
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
             write_json(path / "config.json", config)
         return cls(path)
 
-    def lock(self) -> filelock.FileLock:
-        """Held while training: two processes never write one run. Released when its holder dies."""
-        return filelock.FileLock(self.path / ".lock", timeout=60)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while training: of two processes that want one run, the second waits. Released when its holder dies."""
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=1)
+        except filelock.Timeout:
+            print(f"waiting for another process that trains this run: {self.path.name}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def is_finished(self) -> bool:

@@ -34,10 +34,10 @@ def interval(values: Sequence[float], level: float = 0.95) -> Estimate:
 def paired(values: Sequence[float], baseline: Sequence[float], level: float = 0.95) -> Estimate:
     """Mean difference to a baseline run on the same seeds and splits, its t interval and the two-sided paired t-test's p.
 
-    With equal differences (no variance) p is nan. Three runs make a weak test: read the interval, not only p.
+    With equal differences (no variance but rounding) p is nan. Three runs make a weak test: read the interval, not only p.
     """
     difference = np.asarray(values, float) - np.asarray(baseline, float)
     estimate = interval(difference, level)
-    if len(difference) < 2 or np.ptp(difference) == 0:
+    if len(difference) < 2 or np.ptp(difference) < 1e-9:
         return estimate
     return Estimate(estimate.mean, estimate.half_width, estimate.n, stats.ttest_1samp(difference, 0).pvalue.item())

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -103,7 +104,8 @@ def _train(
     )
     write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
-    progress = tqdm(range(len(history), recipe.epochs), desc=type(task).__name__, initial=len(history), total=recipe.epochs)
+    done, quiet = len(history), "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not read the variable itself
+    progress = tqdm(range(done, recipe.epochs), desc=type(task).__name__, initial=done, total=recipe.epochs, disable=quiet)
     for epoch in progress:
         start = time.perf_counter()
         torch.manual_seed(1_000_003 * (seed + 1) + epoch)

@@ -79,8 +79,7 @@ def _fingerprint(source: Source) -> str:
 
 
 def _build(source: Source, image_size: int, folder: Path) -> None:
-    shape = (len(source.ids), 3, image_size, image_size)
-    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    images = np.empty((len(source.ids), 3, image_size, image_size), np.uint8)
 
     def one(i: int) -> str | Exception:
         image = source.images[i]
@@ -98,14 +97,14 @@ def _build(source: Source, image_size: int, folder: Path) -> None:
         raise ValueError(
             f"{len(broken)} of {len(hashes)} images cannot be decoded; replace or remove them:\n" + "\n".join(broken)
         )
-    images.flush()
+    np.save(folder / "images.npy", images)  # written at once: a memory map on a full disk ends the process with SIGBUS
     (folder / "hashes.json").write_text(json.dumps(hashes))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits ("I;16", or "I" from a PGM), which PIL would clip to 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -126,10 +125,10 @@ class Normalise(nn.Module):
 def batches(part: Part, size: int, *, shuffle: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """(images uint8, labels) by batches, on the part's device; `shuffle` draws one permutation from torch's global generator.
 
-    A last batch of one image is left out when shuffling: batch norm has no variance for it.
+    A last batch of one image is left out when shuffling (unless `size` is one): batch norm has no variance for it.
     """
     order = torch.randperm(len(part)) if shuffle else torch.arange(len(part))
     for index in order.to(part.labels.device).split(size):
-        if shuffle and len(index) == 1 and len(part) > 1:
+        if shuffle and len(index) == 1 < min(size, len(part)):
             continue
         yield part.images[index], part.labels[index]

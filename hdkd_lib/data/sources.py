@@ -57,36 +57,33 @@ def digits(root: Path | None = None) -> Source:
 def folder(root: Path | None) -> Source:
     """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing,val}/CLASS/*, or ROOT/CLASS/*.
 
+    Where there are three, the images of `val` join those of `train`: validation is carved from training by group anyway.
+
     Raises:
-        FileNotFoundError: ROOT is missing or holds no class folder.
+        FileNotFoundError: ROOT is missing, holds no class folder, or only one of train and test.
         ValueError: a class folder holds no image, or train and test have other classes.
     """
     root = _existing(root)
     found = {d.name.lower(): d for d in sorted(root.iterdir()) if d.is_dir()}
-    train = next((found[n] for n in ("train", "training") if n in found), None)
-    test = next((found[n] for n in ("test", "testing", "val", "validation", "valid") if n in found), None)
+    train, val, test = (
+        next((found[name] for name in names if name in found), None)
+        for names in (("train", "training"), ("val", "validation", "valid"), ("test", "testing"))
+    )
+    if test is None:
+        val, test = None, val
     if (train is None) != (test is None):
         raise FileNotFoundError(f"{root} has only one of a train and a test folder; add the other or point root at its classes")
-    parts = {"": root} if train is None or test is None else {"train": train, "test": test}
+    parts = [("", root)] if train is None else [("train", train), ("train", val), ("test", test)]
 
-    files: dict[str, dict[str, list[Path]]] = {}
-    for part, directory in parts.items():
-        files[part] = {}
-        for class_dir in sorted(d for d in directory.iterdir() if d.is_dir() and not d.name.startswith(".")):
-            images = sorted(f for f in class_dir.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise ValueError(f"no image in {class_dir}; remove the folder or fill it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            files[part][class_dir.name] = images
-        if not files[part]:
-            raise FileNotFoundError(f"no class folder in {directory}; expected one folder of images per class")
-    classes = sorted(next(iter(files.values())))
-    if len(files) == 2 and files["train"].keys() != files["test"].keys():
-        differing = sorted(files["train"].keys() ^ files["test"].keys())
-        raise ValueError(
-            f"{train.name} and {test.name} in {root} have other classes: {', '.join(differing)} is in one of them only; "
-            "give both the same class folders"
-        )
-    rows = [(path, part, classes.index(name)) for part in files for name in classes for path in files[part][name]]
+    files = [(part, directory, _class_folders(directory)) for part, directory in parts if directory]
+    classes = sorted(files[0][2])
+    for _, directory, by_class in files[1:]:
+        if differing := sorted(by_class.keys() ^ set(classes)):
+            raise ValueError(
+                f"{files[0][1].name} and {directory.name} in {root} have other classes: {', '.join(differing)} is in one of "
+                "them only; give both the same class folders"
+            )
+    rows = [(path, part, label) for part, _, by_class in files for label, name in enumerate(classes) for path in by_class[name]]
     return Source(
         name="folder",
         classes=classes,
@@ -101,6 +98,18 @@ def folder(root: Path | None) -> Source:
             "known_faults": "not known",
         },
     )
+
+
+def _class_folders(directory: Path) -> dict[str, list[Path]]:
+    """The images of each class folder."""
+    by_class = {}
+    for class_dir in sorted(d for d in directory.iterdir() if d.is_dir() and not d.name.startswith(".")):
+        by_class[class_dir.name] = _images_in(class_dir)
+        if not by_class[class_dir.name]:
+            raise ValueError(f"no image in {class_dir}; remove the folder or fill it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if not by_class:
+        raise FileNotFoundError(f"no class folder in {directory}; expected one folder of images per class")
+    return by_class
 
 
 def brain_tumor(root: Path | None) -> Source:
@@ -125,14 +134,14 @@ def ham10000(root: Path | None) -> Source:
     """HAM10000: 10,015 dermatoscopic images, 7 classes, 7,470 lesions; HAM10000_metadata.csv and one or more folders of images.
 
     Raises:
-        ValueError: the table lacks a column, or an image or a row is without its counterpart.
+        ValueError: the table lacks a column, or a row has no image.
     """
     root = _find(root, ("HAM10000_metadata.csv",), "ham10000")
     table = pd.read_csv(root / "HAM10000_metadata.csv", dtype=str)
     if missing := {"image_id", "lesion_id", "dx"} - set(table.columns):
         raise ValueError(f"{root / 'HAM10000_metadata.csv'} has no column {', '.join(sorted(missing))}")
     table = table.drop_duplicates("image_id").sort_values("image_id")
-    files = {f.stem: f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES and f.stem.startswith("ISIC_")}
+    files = {f.stem: f for f in _images_in(root)}
     if absent := sorted(set(table.image_id) - files.keys()):
         raise ValueError(f"{len(absent)} rows of HAM10000_metadata.csv have no image in {root}, the first is {absent[0]}")
     classes = sorted(table.dx.unique())
@@ -182,6 +191,11 @@ def _existing(root: Path | None) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder at {root}; correct root= or the variable HDKD_DATA")
     return root
+
+
+def _images_in(directory: Path) -> list[Path]:
+    """Sorted; hidden files, which some archives carry beside each image, are left out."""
+    return sorted(f for f in directory.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
 
 
 def _find(root: Path | None, names: tuple[str, ...], dataset: str) -> Path:

@@ -68,6 +68,9 @@ class HDKD(Distillation):
             raise ValueError(f"tau must be above 0 and feature_weight at least 0 (got {tau} and {feature_weight})")
         if not hasattr(student, "set_distilled_training"):
             raise ValueError("HDKD needs a student with a distillation token, such as hdkd_student_distilled")
+        count = min(len(student.feature_info), len(teacher.feature_info)) if stages else 0
+        if list(stages) != sorted(set(stages) & set(range(1, count + 1))):
+            raise ValueError(f"stages must be ascending numbers from 1 to {count} (got {list(stages)})")
         for stage in stages:
             shapes = [(f["num_chs"], f["reduction"]) for f in (m.feature_info[stage - 1] for m in (student, teacher))]
             if shapes[0] != shapes[1]:

@@ -29,16 +29,18 @@ def create(name: str, **kwargs) -> nn.Module:
 def describe(model: nn.Module) -> dict:
     """How to make the model again: `creation` if `create` made it, else timm's architecture name and the class count."""
     if hasattr(model, "creation"):
-        return dict(model.creation)
+        return model.creation | {"num_classes": model.num_classes}  # reset_classifier may have changed it
     cfg = getattr(model, "pretrained_cfg", {})
     return {"name": cfg.get("architecture", type(model).__name__), "num_classes": getattr(model, "num_classes", None)}
 
 
 def cost(model: nn.Module, image_size: int) -> dict[str, float]:
     """`parameters`, and `gflops` of one image's forward pass (2 per multiply-add; convolutions, matrix products)."""
-    device = next(model.parameters()).device
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()  # measuring must not move batch norm's statistics
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 3, image_size, image_size, device=device))
+    model.train(was_training)
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 2e9}
 
 
@@ -68,7 +70,7 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -
         )
     wrong = [key for key in own if own[key].shape != weights[key].shape]
     heads = [key for key in wrong if key.startswith(("head", "fc", "classifier"))]
-    if heads and heads == wrong:
+    if heads and heads == wrong and len(weights[heads[-1]]) != len(own[heads[-1]]):
         raise ValueError(
             f"{source} has {len(weights[heads[-1]])} classes and {name} has {len(own[heads[-1]])}; "
             f"pass num_classes={len(weights[heads[-1]])}"

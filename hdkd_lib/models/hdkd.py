@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from hdkd_lib.models.mbcsa import conv_stage
 
 
-def _check_size(network: str, img_size: int | tuple[int, int], multiple: int) -> tuple[int, int]:
+def _check_size(network: str, img_size: int | tuple[int, int], stem_stride: int) -> tuple[int, int]:
+    if stem_stride not in (2, 4):
+        raise ValueError(f"stem_stride must be 2 or 4 (got {stem_stride})")
+    multiple = 8 * stem_stride
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise ValueError(f"{network} takes image sizes divisible by {multiple} (got {height}x{width}); change img_size")
@@ -31,8 +34,6 @@ class _ThreeStages(nn.Module):
 
     def __init__(self, widths: Sequence[int], units: Sequence[int], in_chans: int, stem_stride: int, gate: str):
         super().__init__()
-        if stem_stride not in (2, 4):
-            raise ValueError(f"stem_stride must be 2 or 4 (got {stem_stride})")
         self.stages = nn.ModuleList(
             conv_stage(before, width, depth, stride=stem_stride if i == 0 else 2, block=gate if i else None)
             for i, (before, width, depth) in enumerate(zip((in_chans, *widths), widths, units, strict=False))
@@ -70,7 +71,7 @@ class HDKDTeacher(_ThreeStages):
         stem_stride: int = 2,
         gate: str = "cbam",
     ):
-        _check_size("hdkd_teacher", img_size, 8 * stem_stride)
+        _check_size("hdkd_teacher", img_size, stem_stride)
         super().__init__(widths, units, in_chans, stem_stride, gate)
         self.num_classes = num_classes
         self.num_features = widths[-1]
@@ -196,9 +197,9 @@ class HDKDStudent(_ThreeStages):
         stem_stride: int = 2,
         gate: str = "cbam",
     ):
+        name = "hdkd_student_distilled" if distilled else "hdkd_student"
+        height, width = _check_size(name, img_size, stem_stride)
         stride = 8 * stem_stride
-        self_name = "hdkd_student_distilled" if distilled else "hdkd_student"
-        height, width = _check_size(self_name, img_size, stride)
         super().__init__(widths, units, in_chans, stem_stride, gate)
         self.img_size = (height, width)
         self.num_classes = num_classes

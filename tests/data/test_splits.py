@@ -1,0 +1,165 @@
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+
+from hdkd_lib.data.splits import FOLDS, PROTOCOLS, group_images, split
+
+quick = settings(max_examples=25)
+
+
+@st.composite
+def collections(draw) -> dict:
+    """Three classes of eight separate images each, and more whose pixels and names repeat at will, across classes too."""
+    extra = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(24, 32), st.integers(24, 32)), max_size=24))
+    rows = [(i % 3, i, i) for i in range(24)] + extra
+    labels, pixels, names = (np.array(column) for column in zip(*rows, strict=True))
+    parts = np.where(np.arange(len(rows)) % 24 < 15, "train", "test")
+    return {"labels": labels, "hashes": pixels.astype(str), "groups": names.astype(str), "parts": parts}
+
+
+def parted(collection: dict, **options) -> dict[str, np.ndarray]:
+    try:
+        return split(**collection, **options)
+    except ValueError as error:
+        if "no image of class" in str(error):  # one large group holds too much of a class: refused, which is right
+            reject()
+        raise
+
+
+def content(collection: dict, parts: dict[str, np.ndarray]) -> dict[str, Counter]:
+    return {part: Counter(zip(collection["hashes"][i], collection["labels"][i], strict=True)) for part, i in parts.items()}
+
+
+@quick
+@given(collections(), st.integers(0, FOLDS - 1), st.integers(0, 9))
+def test_neither_pixels_nor_a_group_are_in_two_parts(collection, fold, seed):
+    parts = parted(collection, fold=fold, seed=seed)
+    for key in ("hashes", "groups"):
+        values = [set(collection[key][i]) for i in parts.values()]
+        assert sum(map(len, values)) == len(set.union(*values))
+
+
+@quick
+@given(collections())
+def test_official_keeps_the_published_test_part_and_carves_validation_by_group(collection):
+    parts = parted(collection, protocol="official")
+    assert np.array_equal(parts["test"], np.flatnonzero(collection["parts"] == "test"))
+    for key in ("hashes", "groups"):
+        assert not set(collection[key][parts["train"]]) & set(collection[key][parts["val"]])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@quick
+@given(collections(), st.integers(0, FOLDS - 1))
+def test_every_image_is_in_exactly_one_part(protocol, collection, fold):
+    parts = parted(collection, protocol=protocol, fold=fold)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(len(collection["labels"])))
+
+
+@pytest.mark.parametrize("protocol", ["grouped", "random"])
+@quick
+@given(collections(), st.integers(0, 9))
+def test_the_five_test_parts_partition_the_set(protocol, collection, seed):
+    tests = [parted(collection, protocol=protocol, fold=fold, seed=seed)["test"] for fold in range(FOLDS)]
+    assert sorted(np.concatenate(tests)) == list(range(len(collection["labels"])))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@quick
+@given(collections(), st.randoms(use_true_random=False), st.sampled_from([0.3, 1.0]))
+def test_the_order_of_the_files_does_not_matter(protocol, collection, random, fraction):
+    order = random.sample(range(len(collection["labels"])), len(collection["labels"]))
+    other = {key: values[order] for key, values in collection.items()}
+    kept, permuted = (content(c, parted(c, protocol=protocol, fraction=fraction)) for c in (collection, other))
+    assert kept == permuted
+
+
+@quick
+@given(collections(), st.lists(st.floats(0.01, 1), min_size=2, max_size=4).map(sorted))
+def test_fractions_are_nested_and_leave_validation_and_test_alone(collection, fractions):
+    whole, *steps = (parted(collection, fraction=f) for f in [1.0, *fractions])
+    for smaller, larger in pairwise([*steps, whole]):
+        assert set(smaller["train"]) <= set(larger["train"])
+    for fraction, parts in zip(fractions, steps, strict=True):
+        assert np.array_equal(parts["val"], whole["val"])
+        assert np.array_equal(parts["test"], whole["test"])
+        counts, full = (np.bincount(collection["labels"][p["train"]]) for p in (parts, whole))
+        assert np.all(np.abs(counts - np.maximum(1, fraction * full)) <= 0.5)
+
+
+@quick
+@given(collections())
+def test_groups_are_the_chains_of_equal_pixels_and_equal_names(collection):
+    pixels, names = collection["hashes"], collection["groups"]
+    linked = (pixels[:, None] == pixels) | (names[:, None] == names)
+    for _ in range(len(pixels).bit_length()):  # the transitive closure, by squaring
+        linked = linked @ linked
+    numbers = group_images(pixels, names)
+    assert np.array_equal(numbers[:, None] == numbers, linked)
+
+
+def test_a_chain_of_pixels_and_names_is_one_group():
+    numbers = group_images(["x", "x", "y", "z", "lesion_c"], ["lesion_a", "lesion_b", "lesion_b", "lesion_c", "lesion_d"])
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert len(set(numbers)) == 3, "a name that reads like a hash joins nothing"
+    assert len(set(group_images(["x", "y", "x"], None))) == 2
+
+
+def test_classes_keep_their_shares_in_every_part():
+    rng = np.random.default_rng(0)
+    lesions = np.repeat(np.arange(350), rng.integers(1, 4, 350))
+    labels = np.repeat([0, 1, 2], [200, 100, 50])[lesions]
+    sizes = {"train": 0.7, "val": 0.1, "test": 0.2}
+    for protocol in ("grouped", "random"):
+        parts = split(labels, [str(i) for i in range(len(labels))], groups=lesions.astype(str), protocol=protocol)
+        for part, index in parts.items():
+            assert len(index) / len(labels) == pytest.approx(sizes[part], abs=0.02)
+            assert np.bincount(labels[index]) / len(index) == pytest.approx(np.bincount(labels) / len(labels), abs=0.03)
+
+
+def test_random_leaks_duplicated_images_and_grouped_does_not():
+    labels, hashes = np.arange(60) % 2, np.array([str(i // 2 * 2 + i % 2) for i in range(60)])
+    hashes = np.concatenate([hashes, hashes])
+    labels = np.concatenate([labels, labels])
+    leaked = {}
+    for protocol in ("random", "grouped"):
+        parts = split(labels, hashes, protocol=protocol)
+        leaked[protocol] = np.isin(hashes[parts["test"]], hashes[parts["train"]]).mean()
+    assert leaked["random"] > 0.5
+    assert leaked["grouped"] == 0
+
+
+def test_the_seed_alone_draws_another_split():
+    labels, hashes = np.arange(100) % 2, [str(i) for i in range(100)]
+    first, again, other = (split(labels, hashes, seed=seed) for seed in (0, 0, 1))
+    for part in ("train", "val", "test"):
+        assert np.array_equal(first[part], again[part])
+        assert not np.array_equal(first[part], other[part])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "groupd"}, r"protocol must be one of grouped, official, random \(got 'groupd'\)"),
+        ({"fold": 5}, r"fold must be 0 to 4 \(got 5\)"),
+        ({"fold": -1}, r"fold must be 0 to 4 \(got -1\)"),
+        ({"fraction": 0.0}, r"fraction must be above 0 and at most 1 \(got 0.0\)"),
+        ({"fraction": 1.01}, r"fraction must be above 0 and at most 1 \(got 1.01\)"),
+        ({"fraction": float("nan")}, r"fraction must be above 0 and at most 1 \(got nan\)"),
+        ({"protocol": "official"}, "no published split; take protocol='grouped'"),
+        (
+            {"groups": [str(min(i, 9)) for i in range(40)]},
+            "class 'dog' has 4 separate images .* needs at least 5 of every class",
+        ),
+        ({"protocol": "official", "parts": ["train"] * 30 + ["test"] * 10}, "no image of class 'cat' is in the test part"),
+    ],
+)
+def test_a_split_that_cannot_be_made_is_refused_with_its_cause(options, message):
+    # 6 cats, then 34 dogs; grouped by min(i, 9) they are 6 and 4.
+    labels = np.repeat([0, 1], [6, 34])
+    with pytest.raises(ValueError, match=message):
+        split(labels, [str(i) for i in range(40)], classes=["cat", "dog"], **options)

@@ -1,0 +1,110 @@
+"""Making, describing, measuring and loading networks."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from hdkd_lib import models
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(model)`: the path of its weights."""
+
+    def saved(model):
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        return tmp_path / "weights.safetensors"
+
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("hdkd_techer", "hdkd_teacher"), ("hdkd_student_distiled_nano", "hdkd_student_distilled_nano"), ("resnet18x", "resnet18")],
+)
+def test_an_unknown_model_is_answered_with_the_nearest_name(typed, meant):
+    with pytest.raises(ValueError, match=f"unknown model '{typed}'; did you mean '{meant}'"):
+        models.create(typed)
+
+
+def test_a_description_makes_the_same_network_again(build):
+    model = build("hdkd_student_nano", img_size=32, gate="se", in_chans=1)
+    again = models.create(**models.describe(model))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_a_description_follows_a_changed_classifier(build):
+    model = build()
+    model.reset_classifier(3)
+    assert models.describe(model) == {"name": "hdkd_student_distilled_nano", "num_classes": 3, "img_size": 16}
+    assert build().creation["num_classes"] == 10
+
+
+def test_a_network_made_by_timm_is_described_by_its_architecture():
+    assert models.describe(timm.create_model("test_resnet", num_classes=4)) == {"name": "test_resnet", "num_classes": 4}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_the_cost_changes_nothing_in_the_network(build, training):
+    model = build().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cost = models.cost(model, 16)
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training == training
+
+
+def test_cost_counts_two_operations_per_multiply_add():
+    model = models.create("test_vit", num_classes=10, img_size=32, patch_size=16, embed_dim=64, depth=0, in_chans=3)
+    embed, head = 2 * 4 * (3 * 16 * 16) * 64, 2 * 64 * 10
+    assert models.cost(model, 32)["gflops"] * 1e9 == pytest.approx(embed + head)
+
+
+def test_weights_load_from_a_file_and_from_a_dictionary(build, saved):
+    model = build(seed=1)
+    for weights in (saved(model), str(saved(model)), model.state_dict()):
+        assert_close(models.load_weights(build(seed=2), weights).state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_missing_file_of_weights_is_named(build, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*absent\.safetensors"):
+        models.load_weights(build(), tmp_path / "absent.safetensors")
+
+
+def test_a_file_that_is_not_safetensors_is_refused(build, tmp_path):
+    torch.save(build().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt is not a readable safetensors file"):
+        models.load_weights(build(), tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("hdkd_student_distilled_nano", "hdkd_teacher_nano"),  # the official code loads this one silently
+        ("hdkd_teacher_nano", "hdkd_student_nano"),
+        ("hdkd_student_distilled_nano", "hdkd_student_nano"),
+        ("hdkd_student_nano", "hdkd_student_distilled_nano"),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_none_is_loaded(source, target, build, saved):
+    model = build(target)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"not a checkpoint of {target}: \d+ entries are missing and \d+ unknown"):
+        models.load_weights(model, saved(build(source, seed=3)))
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["hdkd_teacher_nano", "hdkd_student_nano", "hdkd_student_distilled_nano", "test_resnet"])
+def test_weights_for_another_class_count_are_refused_with_the_remedy(name, build, saved):
+    with pytest.raises(ValueError, match=rf"has 4 classes and {name} has 10; pass num_classes=4"):
+        models.load_weights(build(name), saved(build(name, num_classes=4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("hdkd_student_nano", {"img_size": 32}), ("hdkd_teacher_nano", {"head_hidden_size": 16})]
+)
+def test_weights_of_another_size_are_refused_as_such_and_not_as_other_classes(name, arguments, build, saved):
+    with pytest.raises(ValueError, match=r"does not fit .* there and .* here; check img_size"):
+        models.load_weights(build(name), saved(build(name, **arguments)))

@@ -1,0 +1,121 @@
+import inspect
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hdkd_lib import figures
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context():
+        figures.set_style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def history():
+    return pd.DataFrame(
+        {
+            "epoch": range(3),
+            "train_loss": [4.0, 2.0, 1.0],
+            "train_logit_loss": [2.0, 1.0, 0.5],
+            "train_feature_loss": [0.2, 0.1, 0.05],
+            "val_nll": [1.0, 0.5, 0.4],
+            "val_balanced_accuracy": [0.5, 0.7, 0.8],
+        }
+    )
+
+
+IMAGES = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 0, 1, 0, 0, 2])
+CLASSES = ["no_tumor", "glioma", "pituitary"]
+
+
+def test_a_contact_sheet_has_a_column_of_images_per_class():
+    figure = figures.contact_sheet(IMAGES, LABELS, CLASSES, per_class=2)
+    assert len(figure.axes) == 6
+    shown = [[len(axis.images) for axis in figure.axes[row * 3 : row * 3 + 3]] for row in range(2)]
+    assert shown == [[1, 1, 1], [1, 1, 0]]  # one pituitary only
+    assert np.array_equal(figure.axes[3].images[0].get_array(), IMAGES[2].permute(1, 2, 0))
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["no\ntumor", "glioma", "pituitary"]
+
+
+def test_an_image_grid_has_a_row_per_entry():
+    figure = figures.image_grid({"as they are": IMAGES[:4], "augmented": IMAGES[:3] / 255})
+    assert len(figure.axes) == 8
+    assert [len(axis.images) for axis in figure.axes] == [1] * 7 + [0]
+    assert [figure.axes[i].get_ylabel() for i in (0, 4)] == ["as they are", "augmented"]
+
+
+def test_class_counts_are_the_heights_of_the_bars():
+    (axis,) = figures.class_counts({"train": LABELS, "val": LABELS[:2]}, CLASSES).axes
+    assert [[bar.get_height() for bar in bars] for bars in axis.containers] == [[4, 2, 1], [1, 1, 0]]
+
+
+def test_curves_show_relative_loss_cross_entropy_and_accuracy_of_every_run(history):
+    figure = figures.curves({"student": history, "hdkd": history})
+    assert len(figure.axes) == 3
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2, 2]
+    assert [axis.lines[0].get_ydata().tolist() for axis in figure.axes] == [[1, 0.5, 0.25], [1, 0.5, 0.4], [50, 70, 80]]
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 2, 3]
+
+
+def test_loss_terms_are_on_one_logarithmic_axis(history):
+    (axis,) = figures.loss_terms(history, ["logit_loss", "feature_loss"]).axes
+    assert axis.get_yscale() == "log"
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2, 1, 0.5], [0.2, 0.1, 0.05]]
+
+
+def test_agreement_has_a_bar_per_stage_and_student():
+    (axis,) = figures.agreement({"alone": [0.1, 0.2], "hdkd": [0.8, 0.9]}, ["stage 1", "stage 2"]).axes
+    assert [[bar.get_height() for bar in bars] for bars in axis.containers] == [[0.1, 0.2], [0.8, 0.9]]
+    with pytest.raises(ValueError, match="zip"):
+        figures.agreement({"alone": [0.1]}, ["stage 1", "stage 2"])
+
+
+def test_a_comparison_shows_every_replicate_and_every_mean(frame):
+    figure = figures.comparison(frame.sample(frac=1, random_state=0), metrics=["balanced_accuracy", "ece"])
+    assert len(figure.axes) == 2
+    axis = figure.axes[0]
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    replicates = [dots.get_offsets()[:, 1] for dots in axis.collections if len(dots.get_offsets()) == len(names)]
+    assert sorted(round(values[names.index("student")]) for values in replicates) == [70, 80, 90]
+    assert sorted(round(values[names.index("hdkd")]) for values in replicates) == [72, 83, 91]
+    means = {names[round(c.lines[0].get_xdata()[0] - 0.22)]: c.lines[0].get_ydata()[0] for c in axis.containers}
+    assert means == pytest.approx({"teacher": 95, "student": 80, "hdkd": 82})
+
+
+def test_mean_curves_draw_replicates_and_their_mean(history):
+    better = history.assign(val_balanced_accuracy=[0.7, 0.9, 1.0])
+    (axis,) = figures.mean_curves({"hdkd": [history, better]}).axes
+    assert len(axis.lines) == 3
+    assert axis.lines[-1].get_ydata().tolist() == pytest.approx([60, 80, 90])
+    assert axis.get_ylabel() == "validation balanced accuracy (%)"
+
+
+def test_confusions_stand_side_by_side_coloured_by_the_share_of_the_true_class():
+    figure = figures.confusions({"student": [[3, 1], [0, 0]], "hdkd": [[4, 0], [1, 1]]}, ["a", "b"])
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3", "1", "0", "0"]
+    assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 0]
+
+
+def test_the_same_figure_gives_the_same_file(history, tmp_path):
+    paths = [figures.save(figures.curves({"hdkd": history}), tmp_path / "new" / f"{i}.png") for i in range(2)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with Image.open(paths[0]) as image:
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+def test_every_public_figure_is_tested_here():
+    drawn = {name for name, f in vars(figures).items() if inspect.isfunction(f) and f.__annotations__.get("return") is Figure}
+    source = inspect.getsource(inspect.getmodule(test_every_public_figure_is_tested_here))
+    assert drawn
+    assert [name for name in drawn if not name.startswith("_") and f"figures.{name}(" not in source] == []

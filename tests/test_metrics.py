@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+
+from hdkd_lib.metrics import classification, linear_cka
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_scikit_learns(seed):
+    random = np.random.default_rng(seed)
+    probabilities = random.dirichlet(np.ones(4), 80)
+    labels = np.concatenate([np.arange(4), random.choice(4, 76, p=[0.6, 0.2, 0.15, 0.05])])  # unbalanced, no class absent
+    decisions = probabilities.argmax(1)
+    scores = classification(torch.tensor(probabilities), torch.tensor(labels))
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(labels, decisions),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(labels, decisions),
+        "macro_f1": sklearn.metrics.f1_score(labels, decisions, average="macro"),
+        "macro_auroc": sklearn.metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
+        "nll": sklearn.metrics.log_loss(labels, probabilities),
+    }
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=2e-6)
+    assert scores["confusion"] == sklearn.metrics.confusion_matrix(labels, decisions).tolist()
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy_weighted_by_bin():
+    # Confidence .9 twice, one right: gap .4; .6 twice, both right: gap .4; .75 four times, three right: 0
+    top = torch.tensor([0.9, 0.9, 0.6, 0.6, 0.75, 0.75, 0.75, 0.75])
+    labels = torch.tensor([0, 1, 0, 0, 0, 0, 0, 1])
+    scores = classification(torch.stack([top, 1 - top], 1), labels)
+    assert scores["ece"] == pytest.approx((2 * 0.4 + 2 * 0.4 + 4 * 0) / 8, abs=1e-6)
+
+
+def test_a_probability_of_zero_for_the_true_class_costs_a_finite_number_of_nats():
+    scores = classification(torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 1]))
+    assert scores["nll"] == pytest.approx(12 * np.log(10) / 4, rel=1e-6)
+
+
+def test_cka_ignores_rotation_scale_and_shift_and_sees_shared_structure_only():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, 4, generator=random)
+    rotation, _ = torch.linalg.qr(torch.randn(12, 12, generator=random))
+    assert linear_cka(x, 5 * x.flatten(1) @ rotation + 3) == pytest.approx(1, abs=1e-6)
+    y = torch.randn(400, 6, generator=random)
+    assert linear_cka(x, y) < 0.1
+    assert linear_cka(x, y) == pytest.approx(linear_cka(y, x), rel=1e-12)
+    half = torch.cat([x.flatten(1)[:, :6], torch.randn(400, 6, generator=random)], 1)
+    assert 0.3 < linear_cka(x, half) < 0.7

@@ -1,0 +1,49 @@
+from dataclasses import asdict
+
+import pytest
+
+from hdkd_lib import recipes
+from hdkd_lib.recipes import Recipe
+
+
+def test_hdkds_recipes_are_those_of_the_official_code():
+    shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd"}
+    assert asdict(recipes.get("hdkd_teacher")) == {
+        **shared,
+        **{"optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "schedule": "constant"},
+        **{"min_lr": 0, "warmup_epochs": 0, "warmup_lr": 0},
+    }
+    assert asdict(recipes.get("hdkd_student")) == {
+        **shared,
+        **{"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.05, "schedule": "cosine"},
+        **{"min_lr": 2e-5, "warmup_epochs": 5, "warmup_lr": 2e-5},
+    }
+
+
+def test_a_notebooks_empty_parameters_keep_the_recipes_values():
+    assert recipes.get("nano", epochs=0, lr=0.0, augment="") == recipes.NANO
+    changed = recipes.get("nano", epochs=3, lr=0.0, augment="none")
+    assert (changed.epochs, changed.lr, changed.augment) == (3, recipes.NANO.lr, "none")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"), [("hdkd_studnet", "did you mean 'hdkd_student'"), ("x", "known are hdkd_teacher, hdkd_student, nano")]
+)
+def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
+    with pytest.raises(ValueError, match=answer):
+        recipes.get(typed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"batch_size": 1}, "batch_size >= 2"),  # batch norm has no variance for one image
+        ({"lr": 0.0}, "lr > 0"),
+        ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
+        ({"augment": "mixup"}, "augment must be one of none, hdkd"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**({"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 1e-3} | changes))

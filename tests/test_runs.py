@@ -1,0 +1,149 @@
+"""The run folder: atomic, identified by its configuration, and enough to go on from."""
+
+import errno
+import json
+import shutil
+
+import filelock
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from hdkd_lib import runs, training
+from hdkd_lib.methods import Supervised
+from hdkd_lib.runs import Run
+
+CONFIG = {"method": {"name": "Supervised"}, "data": {"dataset": "digits"}, "seed": 0}
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    """`copied(name, **changes to config.json)`: a copy of the finished run in a folder of runs."""
+
+    def copied(name: str, **changes):
+        shutil.copytree(finished_run.path, tmp_path / "runs" / name)
+        config = finished_run.config | changes
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
+
+    return copied
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("write failed"), SafetensorError("I/O error")]
+)
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(error, tmp_path):
+    path = tmp_path / "file"
+    runs.write_atomically(path, lambda aside: aside.write_text("old"))
+
+    def write(aside):
+        aside.write_text("half of the n")
+        raise error
+
+    with pytest.raises(OSError, match=r"cannot write .*file: .*free some space and start again"):
+        runs.write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_never_see_a_file_before_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    runs.write_atomically(path, lambda aside: (aside.write_text("half"), path.exists() and pytest.fail("seen too early")))
+    assert path.read_text() == "half"
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_order_of_keys():
+    assert runs.config_hash({"a": 1, "b": [2]}) == runs.config_hash({"b": [2], "a": 1})
+    assert runs.config_hash({"a": 1, "b": [2]}) != runs.config_hash({"a": 1, "b": [3]})
+
+
+def test_a_run_without_a_folder_is_named_after_its_configuration_under_results():
+    run = Run.create(None, CONFIG)
+    assert run.path == runs.results_dir() / "runs" / "interactive" / f"digits-Supervised-seed0-{runs.config_hash(CONFIG)}"
+    assert Run.create("", CONFIG).path == run.path
+
+
+def test_changing_a_configuration_back_and_forth_loses_no_run(tmp_path):
+    for turn in range(4):
+        run = Run.create(tmp_path / "run", CONFIG | {"seed": turn % 2})
+        (run.path / "turn").write_text(str(turn))
+    assert sorted((path / "turn").read_text() for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+    assert run.config["seed"] == 1
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+    run = Run.create(tmp_path, CONFIG)
+    with run.lock(), pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / ".lock", timeout=0).acquire()
+    with run.lock():
+        pass
+
+
+def test_what_is_no_run_or_not_finished_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run folder: it has no config\.json"):
+        Run(tmp_path)
+    run = Run.create(tmp_path, CONFIG)
+    assert not run.is_finished
+    with pytest.raises(FileNotFoundError, match="is not finished: start it again, it goes on"):
+        _ = run.metrics
+    with pytest.raises(FileNotFoundError, match=r"no finished run in .*; run a plan first"):
+        runs.load(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_trained_student_comes_back_from_its_folder(which, finished_run, digits):
+    student = Run(finished_run.path).student(which)
+    assert not student.training
+    probabilities = training.predict(Supervised(student=student), digits.test)
+    measured, expected = training.metrics.classification(probabilities, digits.test.labels), finished_run.metrics[which]["test"]
+    assert measured.pop("confusion") == expected.pop("confusion")
+    assert measured == pytest.approx(expected, abs=1e-5)
+    if which == "best":
+        table = finished_run.predictions
+        assert table.columns.tolist() == ["id", "label", *digits.classes]
+        assert table.id.tolist() == digits.test.ids
+        assert table.label.tolist() == digits.test.labels.tolist()
+        assert (torch.tensor(table[digits.classes].to_numpy()) - probabilities).abs().max() < 2e-6
+
+
+def test_a_run_remembers_where_it_ran(finished_run):
+    environment = finished_run.environment
+    assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
+    assert environment["threads"] == torch.get_num_threads()
+    assert environment["device"]
+
+
+def test_load_gives_a_row_per_finished_run_with_networks_trained_alone_first(finished_run, copied, tmp_path):
+    copied("hdkd-seed1", seed=1)
+    copied("hdkd-seed0")
+    copied("hdkd-seed0~0123456789ab")  # set aside
+    copied("hdkd-seed2", seed=2)
+    (tmp_path / "runs" / "hdkd-seed2" / "metrics.json").unlink()  # not finished
+    copied("student-seed0", method=finished_run.config["method"] | {"name": "Supervised"})
+    table = runs.load(tmp_path / "runs")
+    assert table[["run", "method", "seed"]].to_numpy().tolist() == [
+        ["student", "Supervised", 0],
+        ["hdkd", "HDKD", 0],
+        ["hdkd", "HDKD", 1],
+    ]
+    row, measured = table.iloc[1], finished_run.metrics
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "ece", "nll"):
+        assert row[key] == measured["best"]["test"][key]
+        assert row[f"last_{key}"] == measured["last"]["test"][key]
+    expected = {
+        "student": "hdkd_student_distilled_nano",
+        "dataset": "digits",
+        "image_size": 16,
+        "protocol": "grouped",
+        "fold": 0,
+    }
+    expected |= {"epochs": 3, "epoch": measured["best"]["epoch"], "parameters": measured["parameters"], "precision": "float32"}
+    assert {key: row[key] for key in expected} == expected
+    assert Run(row.path).config == finished_run.config
+
+
+def test_load_searches_two_levels_deep(finished_run, copied, tmp_path):
+    copied("hdkd-seed0")
+    for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "hdkd-seed0"):
+        assert len(runs.load(folder)) == 1
+    pd.testing.assert_frame_equal(runs.load(tmp_path), runs.load(tmp_path / "runs"))

@@ -1,0 +1,311 @@
+"""The loop: what it chooses, what survives an interruption, and what it says when it fails."""
+
+import errno
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from hdkd_lib import runs, training
+from hdkd_lib.methods import Supervised
+from hdkd_lib.recipes import HDKD_STUDENT, HDKD_TEACHER, Recipe
+from hdkd_lib.training import fit
+
+ON_CPU = {"device": "cpu", "precision": "float32"}
+SHORT = Recipe(epochs=2, batch_size=60, optimizer="adam", lr=1e-3, augment="none")
+
+
+@pytest.fixture
+def alone(build):
+    """`alone(**arguments)`: the nano student, trained alone."""
+    return lambda **arguments: Supervised(student=build("hdkd_student_nano", **arguments))
+
+
+def failing_after(task, steps: int, error: BaseException):
+    """The task, raising in its step number `steps` + 1."""
+    forward, done = task.forward, []
+
+    def fail(images, target):
+        if len(done) == steps:
+            raise error
+        done.append(None)
+        return forward(images, target)
+
+    task.forward = fail
+    return task
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("steps", [10, 16])  # within the second epoch; before the third
+def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
+    steps, finished_run, make_task, digits, recipe, tmp_path
+):
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(make_task(), steps, KeyboardInterrupt()), digits, recipe, tmp_path / "run", **ON_CPU)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(state["history"]) == steps // 8
+    torch.manual_seed(12345)
+    run = fit(make_task(seed=99), digits, recipe, tmp_path / "run", **ON_CPU)  # the checkpoint holds the student's weights
+    for which in ("last", "best"):
+        resumed, whole = (load_file(r.path / f"{which}.safetensors") for r in (run, finished_run))
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed, whole = (r.history.drop(columns="seconds") for r in (run, finished_run))
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert run.metrics["best"] == finished_run.metrics["best"]
+    assert not list(run.path.glob("*checkpoint*"))
+
+
+def test_without_resume_training_starts_anew(alone, digits, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(alone(), 3, KeyboardInterrupt()), digits, SHORT, tmp_path, **ON_CPU)
+    seen = []
+    task = alone()
+    task.set_progress = seen.append
+    fit(task, digits, SHORT, tmp_path, resume=False, **ON_CPU)
+    assert seen == [0.0, 0.5]
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(finished_run, make_task, digits, recipe):
+    files = {f: f.stat().st_mtime_ns for f in finished_run.path.iterdir() if f.name != ".lock"}
+    task = failing_after(make_task(), 0, AssertionError("trained again"))
+    run = fit(task, digits, recipe, finished_run.path, **ON_CPU)
+    assert run.metrics == finished_run.metrics
+    assert {f: f.stat().st_mtime_ns for f in run.path.iterdir() if f.name != ".lock"} == files
+
+
+def test_another_configuration_sets_the_folder_aside_whole(alone, digits, tmp_path):
+    first = fit(alone(), digits, replace(SHORT, epochs=1), tmp_path / "run", **ON_CPU)
+    before = {f.name: f.read_bytes() for f in first.path.iterdir()}
+    second = fit(alone(), digits, replace(SHORT, epochs=1), tmp_path / "run", seed=1, **ON_CPU)
+    aside = tmp_path / f"run~{runs.config_hash(first.config)}"
+    assert {f.name: f.read_bytes() for f in aside.iterdir()} == before
+    assert second.path == tmp_path / "run"
+    assert second.config["seed"] == 1
+
+
+def test_another_teacher_is_another_configuration(build, make_task, digits, recipe, finished_run, tmp_path):
+    task = make_task()
+    task.teacher.network.load_state_dict(build("hdkd_teacher_nano", seed=8).state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(task, 0, KeyboardInterrupt()), digits, recipe, tmp_path, **ON_CPU)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["method"].pop("teacher_weights") != finished_run.config["method"].pop("teacher_weights")
+    assert config == finished_run.config
+
+
+# What is measured, and when
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(task, scores)`: the first validations score these (balanced accuracy, nll); gives the weights at each."""
+
+    def script(task, scores):
+        scripted, weights, measure = iter(scores), [], training.metrics.classification
+
+        def classification(probabilities, labels):
+            weights.append({name: value.clone() for name, value in task.student.state_dict().items()})
+            score = next(scripted, None)
+            return measure(probabilities, labels) | ({"balanced_accuracy": score[0], "nll": score[1]} if score else {})
+
+        monkeypatch.setattr(training.metrics, "classification", classification)
+        return weights
+
+    return script
+
+
+def test_the_best_epoch_has_the_highest_validation_score_then_the_lowest_cross_entropy(alone, digits, tmp_path, script):
+    task = alone()
+    weights = script(task, [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8), (0.6, 0.1)])
+    run = fit(task, digits, replace(SHORT, epochs=5), tmp_path, **ON_CPU)
+    assert run.metrics["best"]["epoch"] == 2
+    assert run.metrics["last"]["epoch"] == 4
+    assert_close(load_file(run.path / "best.safetensors"), weights[2], rtol=0, atol=0)
+    assert_close(load_file(run.path / "last.safetensors"), weights[4], rtol=0, atol=0)
+    assert not torch.equal(weights[2]["head.weight"], weights[3]["head.weight"])
+    kept = torch.tensor(run.predictions[digits.classes].to_numpy(), dtype=torch.float32)
+    best, last = (training.predict(Supervised(student=run.student(which)), digits.test) for which in ("best", "last"))
+    assert_close(kept, best, rtol=0, atol=2e-6)
+    assert (kept - last).abs().max() > 1e-4
+
+
+def test_a_resumed_run_remembers_a_better_epoch_before_the_interruption(alone, digits, tmp_path, script):
+    task = failing_after(alone(), 2, KeyboardInterrupt())
+    weights = script(task, [(0.9, 0.5), (0.4, 1.0)])
+    with pytest.raises(KeyboardInterrupt):
+        fit(task, digits, SHORT, tmp_path, **ON_CPU)
+    run = fit(alone(), digits, SHORT, tmp_path, **ON_CPU)
+    assert run.metrics["best"]["epoch"] == 0
+    assert_close(load_file(run.path / "best.safetensors"), weights[0], rtol=0, atol=0)
+
+
+def test_metrics_repeat_the_histories_validation_scores_of_the_epochs_they_name(finished_run):
+    history = finished_run.history
+    assert history.epoch.tolist() == [0, 1, 2]
+    order = history.sort_values(["val_balanced_accuracy", "val_nll"], ascending=[False, True])
+    for which, epoch in (("best", order.epoch.iloc[0]), ("last", 2)):
+        measured = finished_run.metrics[which]
+        assert measured["epoch"] == epoch
+        row = history.iloc[epoch]
+        assert {k: measured["val"][k] for k in ("accuracy", "balanced_accuracy", "nll")} == {
+            k: row[f"val_{k}"] for k in ("accuracy", "balanced_accuracy", "nll")
+        }
+    assert (history.train_loss - history.train_logit_loss - 10 * history.train_feature_loss).abs().max() < 1e-3
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+    assert finished_run.metrics["images"] == {"train": 120, "val": 60, "test": 60}
+
+
+class Sealed:
+    """A part whose images and labels may be read only once `path` exists."""
+
+    def __init__(self, part, path: Path):
+        self.part, self.path = part, path
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getattr__(self, name: str):
+        if name in ("images", "labels", "groups"):
+            assert self.path.exists(), f"test {name} were read before training ended"
+        return getattr(self.part, name)
+
+
+def test_the_test_part_is_not_read_before_training_ends(alone, digits, tmp_path):
+    sealed = replace(digits, test=Sealed(digits.test, tmp_path / "last.safetensors"))
+    with pytest.raises(AssertionError, match="were read before training ended"):
+        training.predict(alone(), sealed.test)
+    assert fit(alone(), sealed, SHORT, tmp_path, **ON_CPU).metrics["best"]["test"]["accuracy"] >= 0
+
+
+def test_metrics_are_written_last_and_the_checkpoint_is_gone(alone, digits, tmp_path, monkeypatch):
+    written = []
+
+    def spy(path, write):
+        written.append(path.name)
+        write_atomically(path, write)
+
+    write_atomically = runs.write_atomically
+    for module in (runs, training):
+        monkeypatch.setattr(module, "write_atomically", spy)
+    run = fit(alone(), digits, SHORT, tmp_path, **ON_CPU)
+    assert written[-1] == "metrics.json"
+    assert set(written) - {"checkpoint.pt"} == {f.name for f in run.path.iterdir()} - {".lock"}
+
+
+def test_split_csv_lists_each_image_once_with_its_part(finished_run, digits):
+    split = pd.read_csv(finished_run.path / "split.csv", dtype=str)
+    assert split.id.is_unique
+    for part in ("train", "val", "test"):
+        assert split[split.part == part].id.tolist() == getattr(digits, part).ids
+
+
+def test_predict_gives_probabilities_in_eval_mode_and_restores_the_mode(make_task, digits):
+    task = make_task().train()
+    before = {name: value.clone() for name, value in task.student.state_dict().items()}
+    whole = training.predict(task, digits.test)
+    assert_close(whole.sum(1), torch.ones(60))
+    assert_close(training.predict(task, digits.test, batch_size=7), whole)
+    assert task.training
+    assert_close(task.student.state_dict(), before, rtol=0, atol=0)
+
+
+# The recipe
+
+
+def rates(task, data, recipe, path) -> list[float]:
+    return fit(task, data, recipe, path, **ON_CPU).history.lr.tolist()
+
+
+def test_a_constant_recipe_keeps_its_learning_rate(alone, digits, tmp_path):
+    recipe = replace(HDKD_TEACHER, epochs=4, batch_size=120, augment="none")
+    assert rates(alone(), digits, recipe, tmp_path) == [1e-3] * 4
+
+
+def test_the_students_recipe_warms_up_from_its_warm_up_rate_and_falls_as_a_cosine(alone, digits, tmp_path):
+    epochs, warmup = 8, 3
+    recipe = replace(HDKD_STUDENT, epochs=epochs, warmup_epochs=warmup, batch_size=120, augment="none")
+    low, high = 2e-5, 5e-5
+    expected = [low + (high - low) * e / warmup for e in range(warmup)]
+    expected += [low + (high - low) * (1 + math.cos(math.pi * e / epochs)) / 2 for e in range(warmup, epochs)]
+    measured = rates(alone(), digits, recipe, tmp_path)
+    assert measured[0] == low
+    assert measured == pytest.approx(expected, rel=1e-9)
+
+
+def test_weight_decay_spares_biases_and_one_dimensional_weights_but_not_tokens(alone, digits, tmp_path, monkeypatch):
+    made = []
+    create = training.create_optimizer_v2
+    monkeypatch.setattr(training, "create_optimizer_v2", lambda *a, **k: made.append(create(*a, **k)) or made[0])
+    task = alone()
+    fit(task, digits, replace(SHORT, epochs=1, optimizer="adamw", weight_decay=0.05), tmp_path, **ON_CPU)
+    decay = {id(p): group["weight_decay"] for group in made[0].param_groups for p in group["params"]}
+    for name, parameter in task.student.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.05 if parameter.ndim > 1 else 0), name
+        else:
+            assert id(parameter) not in decay
+    assert decay[id(task.student.cls_token)] == decay[id(task.student.pos_embed)] == 0.05
+
+
+def test_bf16_trains(make_task, digits, recipe, tmp_path):
+    run = fit(make_task(), digits, replace(recipe, epochs=1), tmp_path, device="cpu", precision="bf16")
+    assert run.config["precision"] == "bf16"
+    assert run.history.filter(like="loss").notna().all(axis=None)
+    assert run.metrics["best"]["test"]["nll"] > 0
+    assert {value.dtype for value in load_file(run.path / "last.safetensors").values()} == {torch.float32, torch.int64}
+
+
+# Failures are sentences
+
+
+def test_a_loss_that_is_no_number_names_epoch_and_remedy_and_keeps_the_checkpoint(alone, digits, tmp_path):
+    task = alone()
+    forward = task.forward
+    task.forward = lambda *batch: {k: v * (math.nan if task.progress else 1) for k, v in forward(*batch).items()}
+    with pytest.raises(
+        FloatingPointError, match=r"Supervised became nan in epoch 1; lower lr \(now 0\.001\).*1 epochs are kept"
+    ):
+        fit(task, digits, SHORT, tmp_path, **ON_CPU)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(state["history"]) == 1
+    assert all(value.isfinite().all() for value in state["student"].values())
+    assert len(fit(alone(), digits, SHORT, tmp_path, **ON_CPU).history) == 2
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays_readable(alone, digits, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        save(state, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training.torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: .*No space left on device; free some space"):
+        fit(alone(), digits, SHORT, tmp_path, **ON_CPU)
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]) == 1
+    assert not list(tmp_path.glob(".checkpoint*"))
+    assert len(fit(alone(), digits, SHORT, tmp_path, **ON_CPU).history) == 2
+
+
+def test_a_student_for_other_classes_is_refused_before_anything_is_written(alone, digits, tmp_path):
+    with pytest.raises(ValueError, match="the student has 7 classes and digits has 10; create it with num_classes=10"):
+        fit(alone(num_classes=7), digits, SHORT, tmp_path / "run", **ON_CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_precision_is_refused(alone, digits, tmp_path):
+    with pytest.raises(ValueError, match=r"precision must be 'auto', 'float32' or 'bf16' \(got 'fp16'\)"):
+        fit(alone(), digits, SHORT, tmp_path, device="cpu", precision="fp16")
+    assert training.resolve_precision("auto", torch.device("mps")) == "float32"
