@@ -67,7 +67,8 @@ def load(
         return Part(torch.from_numpy(images[chosen]), labels, [source.ids[i] for i in chosen], groups[chosen])
 
     parts = {name: part(chosen) for name, chosen in index.items()}
-    content = sorted(f"{h}{label}" for h, label in zip(hashes, source.labels, strict=True))
+    named = source.groups or [""] * len(hashes)
+    content = sorted(f"{h}{label}{group}" for h, label, group in zip(hashes, source.labels, named, strict=True))
     return Data(
         **parts,
         classes=source.classes,
