@@ -6,24 +6,23 @@ import sys
 
 STUDY = f"{sys.executable} {workflow.basedir}/study.py execute {config['jobs']}"
 PLAN = json.load(open(config["jobs"]))
-FOLDER = PLAN["folder"]
 
 os.environ["TQDM_DISABLE"] = "1"
 
 
 rule all:
     input:
-        f"{FOLDER}/tables/summary.csv",
-        f"{FOLDER}/figures/comparison.png",
+        "tables/summary.csv",
+        "figures/comparison.png",
 
 
 rule run:
     input:
-        lambda wildcards: [f"{FOLDER}/{name}/metrics.json" for name in PLAN["jobs"][wildcards.name]["needs"]],
+        lambda wildcards: [f"{name}/metrics.json" for name in PLAN["jobs"][wildcards.name]["needs"]],
     output:
-        f"{FOLDER}/{{name}}/metrics.json",
+        "{name}/metrics.json",
     log:
-        f"{FOLDER}/{{name}}/run.ipynb",
+        "{name}/run.ipynb",
     threads: PLAN["threads"]
     shell:
         "exec env OMP_NUM_THREADS={threads} {STUDY} {wildcards.name}"
@@ -31,9 +30,9 @@ rule run:
 
 rule report:
     input:
-        [f"{FOLDER}/{name}/metrics.json" for name, job in PLAN["jobs"].items() if not job["report"]],
+        [f"{name}/metrics.json" for name, job in PLAN["jobs"].items() if not job["report"]],
     output:
-        f"{FOLDER}/tables/summary.csv",
-        f"{FOLDER}/figures/comparison.png",
+        "tables/summary.csv",
+        "figures/comparison.png",
     shell:
         "{STUDY} tables && exec {STUDY} figures"

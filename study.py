@@ -30,7 +30,7 @@ PUBLISHED_FILES = ("config.json", "environment.json", "history.csv", "prediction
 
 
 def expand(plan: str) -> dict:
-    """The plan as jobs: {"plan", "folder", "threads", "jobs": {name: {"notebook", "parameters", "needs", "report"}}}.
+    """The plan as {"threads", "jobs": {name: {"notebook", "parameters", "needs", "report"}}}, without paths.
 
     Raises:
         ValueError: unknown plan, notebook, teacher or key, or a parameter that the notebook does not have.
@@ -41,7 +41,6 @@ def expand(plan: str) -> dict:
     content = YAML(typ="safe", pure=True).load(_known(plan, [f.stem for f in path.parent.glob("*.yaml")], "plan") and path)
     for key in content:
         _known(key, ["parameters", "replicates", "threads", "runs"], f"key in {path.name}")
-    folder = RESULTS / "runs" / plan
     jobs = {}
     for kind, run in content["runs"].items():
         for key in run:
@@ -49,23 +48,23 @@ def expand(plan: str) -> dict:
         for replicate in content["replicates"]:
             suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
             name = f"{kind}{suffix}"
-            parameters = {
-                **content.get("parameters", {}),
-                **run.get("parameters", {}),
-                **replicate,
-                "run_dir": str(folder / name),
-            }
+            parameters = {**content.get("parameters", {}), **run.get("parameters", {}), **replicate}
             needs = []
             if "teacher" in run:
                 needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {path.name}") + suffix]
-                parameters["teacher_dir"] = str(folder / needs[0])
             jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
     for name, notebook in (("tables", "09_tables"), ("figures", "10_figures")):
-        parameters = {"results": str(folder), "out": str(folder / name)}
-        jobs[name] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
+        jobs[name] = {"notebook": notebook, "parameters": {}, "needs": [], "report": True}
     for name, job in jobs.items():
         _check_parameters(name, job)
-    return {"plan": plan, "folder": str(folder), "threads": content.get("threads", 1), "jobs": jobs}
+    return {"threads": content.get("threads", 1), "jobs": jobs}
+
+
+def paths(name: str, job: dict, folder: Path) -> dict[str, str]:
+    """The parameters of a job that depend on where the plan's folder lies."""
+    if job["report"]:
+        return {"results": str(folder), "out": str(folder / name)}
+    return {"run_dir": str(folder / name)} | ({"teacher_dir": str(folder / job["needs"][0])} if job["needs"] else {})
 
 
 def _known(name: str, known: list[str], what: str) -> str:
@@ -85,7 +84,7 @@ def _check_parameters(name: str, job: dict) -> None:
         NOTEBOOKS / f"{_known(job['notebook'], [f.stem for f in NOTEBOOKS.glob('*.ipynb')], f'notebook of {name}')}.ipynb"
     )
     accepted = list(papermill.inspect_notebook(str(notebook)))
-    for parameter in job["parameters"]:
+    for parameter in job["parameters"] | paths(name, job, Path()):
         _known(parameter, accepted, f"parameter of {notebook.name} (run {name})")
 
 
@@ -98,14 +97,14 @@ def execute(jobs_file: Path, name: str) -> None:
     import papermill
 
     _end_with_parent()
-    jobs = json.loads(Path(jobs_file).read_text())
-    job = jobs["jobs"][name]
-    folder = Path(job["parameters"].get("run_dir") or job["parameters"]["out"])
+    job = json.loads(jobs_file.read_text())["jobs"][name]
+    parameters = job["parameters"] | paths(name, job, jobs_file.parent)
+    folder = jobs_file.parent / name
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / "run.ipynb"
     try:
         papermill.execute_notebook(
-            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), job["parameters"], kernel_name="python3",
+            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), parameters, kernel_name="python3",
             progress_bar=False, extra_arguments=["--log-level=50"],  # the kernel's own log says nothing about the run
         )  # fmt: skip
     except Exception as error:
@@ -136,7 +135,7 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     import snakemake.cli
 
     expanded = expand(plan)
-    folder = Path(expanded["folder"])
+    folder = RESULTS / "runs" / plan
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")  # held until this function ends
     try:
@@ -193,7 +192,7 @@ def publish(plan: str) -> Path:
         FileNotFoundError: a run of the plan is not finished.
     """
     expanded = expand(plan)
-    source, target = Path(expanded["folder"]), RESULTS / "published" / plan
+    source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
     names = [name for name, job in expanded["jobs"].items() if not job["report"]]
     if unfinished := [name for name in names if not (source / name / "metrics.json").exists()]:
         raise FileNotFoundError(f"{plan} is not finished ({', '.join(unfinished)}); make study PLAN={plan}")

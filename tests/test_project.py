@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -18,7 +19,7 @@ PUBLISHED = sorted(path for path in (ROOT / "results" / "published").glob("*") i
 
 def requirements() -> dict[str, Requirement]:
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    return {Requirement(line).name: Requirement(line) for lines in lists for line in lines}
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for lines in lists for line in lines}
 
 
 def pins() -> dict[str, list[str]]:
@@ -55,9 +56,8 @@ def test_every_import_is_a_requirement():
             imported.add(node.module.split(".")[0])
     own = {"hdkd_lib", "study", "conftest"}
     distributions = packages_distributions()
-    required = {name.lower() for name in requirements()}
     foreign = imported - set(sys.stdlib_module_names) - own
-    assert not {m for m in foreign if not {d.lower() for d in distributions.get(m, [])} & required}
+    assert not {m for m in foreign if not {canonicalize_name(d) for d in distributions.get(m, [])} & requirements().keys()}
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
