@@ -1,4 +1,4 @@
-"""Figures, all in one style. Each function draws on axes of its own and returns the figure."""
+"""Figures, all in one style. Each function draws on axes of its own and returns the figure, which pyplot does not keep."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_class: int = 6) -> Figure:
     """The first `per_class` images (N, 3, S, S; uint8, or float in [0, 1]) of every class, one column per class."""
     columns = len(classes)
-    figure, axes = plt.subplots(per_class, columns, figsize=(1.15 * columns, 1.15 * per_class + 0.3), squeeze=False)
+    figure, axes = _subplots(per_class, columns, figsize=(1.15 * columns, 1.15 * per_class + 0.3), squeeze=False)
     for c, name in enumerate(classes):
         chosen = images[labels == c][:per_class]
         for row, axis in enumerate(axes[:, c]):
@@ -56,7 +56,7 @@ def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_cl
 def image_grid(rows: Mapping[str, Tensor]) -> Figure:
     """One row of images per entry, (N, 3, S, S) uint8 or float in [0, 1]."""
     count = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
+    figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -71,7 +71,7 @@ def image_grid(rows: Mapping[str, Tensor]) -> Figure:
 def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     """Images per class in each part of a split; `parts` holds label tensors."""
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
-    figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
+    figure, axis = _subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
     sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
     axis.set_xticks(range(len(classes)), [str(name).replace("_", "\n") for name in classes])
     axis.set_xlabel("")
@@ -81,7 +81,7 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 
 def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Training loss (divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    figure, axes = _subplots(1, 3, figsize=(11, 3))
     for name, history in histories.items():
         axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], label=name)
         axes[1].plot(history.epoch + 1, history.val_nll, label=name)
@@ -98,7 +98,7 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
 
 def loss_terms(history: pd.DataFrame, terms: Sequence[str]) -> Figure:
     """Terms of a method's loss by epoch, logarithmic; `terms` are columns of the history without their prefix `train_`."""
-    figure, axis = plt.subplots(figsize=(5, 3))
+    figure, axis = _subplots(figsize=(5, 3))
     for term in terms:
         axis.plot(history.epoch + 1, history[f"train_{term}"], label=term.replace("_", " "))
     axis.set(xlabel="epoch", ylabel="training loss", yscale="log")
@@ -110,7 +110,7 @@ def loss_terms(history: pd.DataFrame, terms: Sequence[str]) -> Figure:
 def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> Figure:
     """Feature agreement with the teacher (linear CKA) per stage, one group of bars per stage."""
     rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
-    figure, axis = plt.subplots(figsize=(5.5, 3))
+    figure, axis = _subplots(figsize=(5.5, 3))
     sns.barplot(pd.DataFrame(rows, columns=["stage", "student", "CKA"]), x="stage", y="CKA", hue="student", ax=axis)
     axis.set(ylim=(0, 1), ylabel="linear CKA with the teacher", xlabel="")
     sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(scores), title=None, frameon=False)
@@ -120,7 +120,7 @@ def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> F
 def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc")) -> Figure:
     """Test metrics by kind of run: a dot per replicate, one seed and fold joined, mean and 95 % t interval in black."""
     names = list(dict.fromkeys(frame.run))
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
+    figure, axes = _subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for color, (_, replicate) in zip(_cycle(), frame.groupby(["seed", "fold"]), strict=False):
             values = replicate.set_index("run")[metric].reindex(names) * 100
@@ -140,7 +140,7 @@ def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy
 
 def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "val_balanced_accuracy") -> Figure:
     """A history column in percent by epoch: every replicate thin, the mean of each kind of run thick."""
-    figure, axis = plt.subplots(figsize=(6, 3.4))
+    figure, axis = _subplots(figsize=(6, 3.4))
     for color, (name, replicates) in zip(_cycle(), histories.items(), strict=False):
         for history in replicates:
             axis.plot(history.epoch + 1, 100 * history[column], color=color, lw=0.6, alpha=0.5)
@@ -155,7 +155,7 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
     """Confusion matrices side by side: counts in the cells, colour by the share of the true class (rows)."""
     names = [str(name).replace("_", "\n") for name in classes]
     size = max(3.2, 0.55 * len(classes) + 1)
-    figure, axes = plt.subplots(1, len(matrices), figsize=(size * len(matrices) + 0.8, size), squeeze=False)
+    figure, axes = _subplots(1, len(matrices), figsize=(size * len(matrices) + 0.8, size), squeeze=False)
     for i, (axis, (name, counts)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         counts = np.asarray(counts)
         sns.heatmap(
@@ -166,6 +166,13 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
         axis.tick_params(axis="both", rotation=0, labelsize=8)
         axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")
     return figure
+
+
+def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
+    """`plt.subplots` whose figure pyplot forgets: a notebook shows it once, where it is the value of a cell."""
+    figure, axes = plt.subplots(*arguments, **options)
+    plt.close(figure)
+    return figure, axes
 
 
 def _cycle() -> list:

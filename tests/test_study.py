@@ -104,7 +104,7 @@ def test_publishing_an_unfinished_plan_names_what_is_missing(plan):
 
 
 @pytest.fixture
-def fake(plan, tmp_path):
+def fake(plan, tmp_path, monkeypatch):
     """A plan of two notebooks that write a metrics.json without training; `student` fails until the file FIXED exists."""
     header = 'seed: int = 0\nrun_dir: str = ""'
     write = "import pathlib, json, time\npathlib.Path(run_dir, 'config.json').write_text('{}')\n"
@@ -125,10 +125,10 @@ def fake(plan, tmp_path):
         nbformat.write(notebook, study.NOTEBOOKS / f"{name}.ipynb")
     plan("replicates: [{seed: 0}]\nruns: {teacher: {notebook: 02_teacher}, student: {notebook: 03_student}}", "fake")
     # Snakemake starts study.py anew, which must find the same notebooks and results.
-    root = tmp_path
+    monkeypatch.setenv("HDKD_RESULTS", str(tmp_path / "results"))
     for file in ("study.py", "Snakefile"):
-        (root / file).write_bytes((study.ROOT / file).read_bytes())
-    return root
+        (tmp_path / file).write_bytes((study.ROOT / file).read_bytes())
+    return tmp_path
 
 
 def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_runs_only_what_is_missing(fake):
@@ -154,9 +154,8 @@ def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_run
 def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(fake):
     notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
     source = notebook.cells[1].source
-    notebook.cells[
-        1
-    ].source = f"import os, pathlib, time\npathlib.Path({str(fake / 'PID')!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    note_pid = f"import os, pathlib, time\npathlib.Path({str(fake / 'PID')!r}).write_text(str(os.getpid()))\n"
+    notebook.cells[1].source = note_pid + "time.sleep(600)"
     nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
     (fake / "FIXED").touch()
     command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
