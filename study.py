@@ -102,11 +102,16 @@ def execute(jobs_file: Path, name: str) -> None:
     folder = jobs_file.parent / name
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / "run.ipynb"
+    notebook = str(NOTEBOOKS / f"{job['notebook']}.ipynb")
+    options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--log-level=50"]}
     try:
-        papermill.execute_notebook(
-            str(NOTEBOOKS / f"{job['notebook']}.ipynb"), str(executed), parameters, kernel_name="python3",
-            progress_bar=False, extra_arguments=["--log-level=50"],  # the kernel's own log says nothing about the run
-        )  # fmt: skip
+        try:
+            papermill.execute_notebook(notebook, str(executed), parameters, **options)
+        except RuntimeError as error:
+            if "Kernel died before replying" not in str(error):
+                raise
+            # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may come too late.
+            papermill.execute_notebook(notebook, str(executed), parameters, **options)
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error

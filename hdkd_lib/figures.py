@@ -73,7 +73,7 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
     figure, axis = _subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
     sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
-    axis.set_xticks(range(len(classes)), [str(name).replace("_", "\n") for name in classes])
+    _name_classes(axis, range(len(classes)), classes)
     axis.set_xlabel("")
     sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(parts), title=None, frameon=False)
     return figure
@@ -164,6 +164,7 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
             xticklabels=names, yticklabels=names if i == 0 else False,
         )  # fmt: skip
         axis.tick_params(axis="both", rotation=0, labelsize=8)
+        _name_classes(axis, axis.get_xticks(), classes)
         axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")
     return figure
 
@@ -173,6 +174,14 @@ def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
     figure, axes = plt.subplots(*arguments, **options)
     plt.close(figure)
     return figure, axes
+
+
+def _name_classes(axis: plt.Axes, ticks: Sequence[float], classes: Sequence[str]) -> None:
+    """Class names under the axis, slanted where they are too long to stand side by side."""
+    if max(len(word) for name in classes for word in str(name).split("_")) > 6:
+        axis.set_xticks(ticks, classes, rotation=35, ha="right", rotation_mode="anchor")
+    else:
+        axis.set_xticks(ticks, [str(name).replace("_", "\n") for name in classes], rotation=0)
 
 
 def _cycle() -> list:
