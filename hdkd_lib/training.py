@@ -50,7 +50,7 @@ def fit(
         resume: whether to go on from the folder's checkpoint.
 
     Raises:
-        ValueError: the classes of data and student differ, or an argument is unknown.
+        ValueError: the classes of data and student differ, an argument is unknown, or the task was trained in another run.
         FloatingPointError: the loss is no longer a number; the checkpoint of the epoch before is kept.
     """
     device = resolve_device(device)
@@ -70,6 +70,11 @@ def fit(
     run = Run.create(run_dir, config)
     with run.lock():
         if not run.is_finished:
+            if not task.is_fresh and not (resume and (run.path / "checkpoint.pt").exists()):
+                raise ValueError(
+                    "this task's student is trained already, and a new run must not start from it; create both again"
+                )
+            task.is_fresh = False
             _train(task.to(device, memory_format=torch.channels_last), data, recipe, run, seed, device, precision, resume)
     return run
 

@@ -82,6 +82,25 @@ def test_a_finished_run_is_returned_and_not_trained_again(finished_run, make_tas
     assert {f: f.stat().st_mtime_ns for f in run.path.iterdir() if f.name != ".lock"} == files
 
 
+def test_a_trained_student_does_not_start_another_run_but_may_ask_for_its_own_again(alone, digits, tmp_path):
+    task = alone()
+    run = fit(task, digits, SHORT, tmp_path / "run", **ON_CPU)
+    written = (run.path / "metrics.json").stat().st_mtime_ns
+    assert fit(task, digits, SHORT, tmp_path / "run", **ON_CPU).path == run.path
+    assert (run.path / "metrics.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="student is trained already"):
+        fit(task, digits, replace(SHORT, lr=2e-3), tmp_path / "other", **ON_CPU)
+
+
+def test_an_interrupted_task_goes_on_in_its_own_run(alone, digits, tmp_path):
+    task = alone()
+    forward = task.forward
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(task, 3, KeyboardInterrupt()), digits, SHORT, tmp_path / "run", **ON_CPU)
+    task.forward = forward
+    assert len(fit(task, digits, SHORT, tmp_path / "run", **ON_CPU).history) == SHORT.epochs
+
+
 def test_another_configuration_sets_the_folder_aside_whole(alone, digits, tmp_path):
     first = fit(alone(), digits, replace(SHORT, epochs=1), tmp_path / "run", **ON_CPU)
     before = {f.name: f.read_bytes() for f in first.path.iterdir()}

@@ -21,6 +21,7 @@ class Method(timm.task.TrainingTask):
         super().__init__(verbose=False)
         self.trainable_module = student
         self.progress = 0.0
+        self.is_fresh = True  # until `fit` trains the student
 
     @property
     def student(self) -> nn.Module:
