@@ -195,7 +195,7 @@ def environment(device: torch.device) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "hdkd_lib", "notebooks")),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "timm", "kornia", "numpy")},
+        **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
     }

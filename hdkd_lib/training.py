@@ -11,15 +11,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hdkd_lib import metrics, runs
 from hdkd_lib.data import Data
 from hdkd_lib.data.augment import AUGMENTATIONS
-from hdkd_lib.data.batches import Normalise, Part, batches
+from hdkd_lib.data.batches import Files, Normalise, Part, batches
+from hdkd_lib.data.imbalance import class_weights, smote
 from hdkd_lib.methods.base import Method
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run, write_atomically, write_json
@@ -34,6 +37,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    resident: str | bool = "auto",
     resume: bool = True,
 ) -> Run:
     """Trains the task's student, measures it and returns the run; a finished one of the same configuration is not repeated.
@@ -47,6 +51,7 @@ def fit(
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
         device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
         precision: "float32", "bf16" (autocast), or "auto": bf16 where the device computes in it.
+        resident: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
         resume: whether to go on from the folder's checkpoint.
 
     Raises:
@@ -75,15 +80,36 @@ def fit(
                     "this task's student is trained already, and a new run must not start from it; create both again"
                 )
             task.is_fresh = False
-            _train(task.to(device, memory_format=torch.channels_last), data, recipe, run, seed, device, precision, resume)
+            task.to(device, memory_format=torch.channels_last)
+            _train(task, data, recipe, run, seed, device, precision, resident, resume)
     return run
 
 
 def _train(
-    task: Method, data: Data, recipe: Recipe, run: Run, seed: int, device: torch.device, precision: str, resume: bool
+    task: Method,
+    data: Data,
+    recipe: Recipe,
+    run: Run,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    resident: str | bool,
+    resume: bool,
 ) -> None:
-    train, val = to_device(data.train, device), to_device(data.val, device)
-    prepare = Normalise(task.student, AUGMENTATIONS[recipe.augment]()).to(device)
+    whole, classes = data.train, len(data.classes)
+    if recipe.imbalance == "smote":
+        whole = smote(whole, seed=seed)
+    weights = class_weights(whole.labels, classes)
+    task.class_weights = weights.to(device) if recipe.imbalance == "class_weights" else None
+    task.label_smoothing = recipe.label_smoothing
+    train, val = whole.resident(device, resident), data.val.resident(device, resident)
+    augment = AUGMENTATIONS[recipe.augment]()
+    crop, augment.crop = augment.crop, augment.crop and not isinstance(train.images, Files)  # files are cropped when decoded
+    prepare = Normalise(task.student, augment).to(device)
+    mix = None
+    if recipe.mixup or recipe.cutmix:
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+    order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.repeats}
     optimizer = create_optimizer_v2(
         task.trainable_module, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )
@@ -113,24 +139,28 @@ def _train(
     progress = tqdm(range(done, recipe.epochs), desc=type(task).__name__, initial=done, total=recipe.epochs, disable=quiet)
     for epoch in progress:
         start = time.perf_counter()
-        torch.manual_seed(1_000_003 * (seed + 1) + epoch)
+        random_seed((1_000_003 * (seed + 1) + epoch) % 2**32)  # torch's, NumPy's (mixup) and Python's (random erasing)
         scheduler.step(epoch)
         task.set_progress(epoch / recipe.epochs)
         task.train()
         totals, seen = defaultdict(lambda: torch.zeros((), device=device)), 0
-        for images, target in batches(train, recipe.batch_size, shuffle=True):
-            images = prepare(images)
+        for images, target in batches(
+            train, recipe.batch_size, shuffle=True, crop=crop, even=mix is not None, device=device, **order
+        ):
+            images, label = prepare(images), target
+            if mix is not None:
+                images, target = mix(images, target)
             with autocast(device, precision):
                 result = task(images, target)
             optimizer.zero_grad()
             result["loss"].backward()
             optimizer.step()
             with torch.no_grad():  # sums stay on the device: nothing in a step waits for it
-                seen += len(target)
-                totals["accuracy"] += (result["output"].argmax(1) == target).sum()
+                seen += len(label)
+                totals["accuracy"] += (result["output"].argmax(1) == label).sum()
                 for name, term in result.items():
                     if name != "output":
-                        totals[name] += term.detach().float() * len(target)
+                        totals[name] += term.detach().float() * len(label)
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row |= {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
         if not math.isfinite(row["train_loss"]):
@@ -193,14 +223,9 @@ def predict(task: Method, part: Part, *, precision: str = "float32", batch_size:
     was_training = task.training
     task.eval()
     with autocast(device, precision):
-        logits = [task.predict(prepare(images.to(device))).float() for images, _ in batches(part, batch_size)]
+        logits = [task.predict(prepare(images)).float() for images, _ in batches(part, batch_size, device=device)]
     task.train(was_training)
     return torch.cat(logits).softmax(1).cpu()
-
-
-def to_device(part: Part, device: torch.device) -> Part:
-    """The part with images and labels resident on the device."""
-    return Part(part.images.to(device), part.labels.to(device), part.ids, part.groups)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -7,20 +7,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hdkd_lib.data.batches import Part, decode
-from hdkd_lib.data.sources import open_source
+from hdkd_lib.data import leakage
+from hdkd_lib.data.batches import Files, Part, Rows
+from hdkd_lib.data.cache import Signatures, decode
+from hdkd_lib.data.leakage import Audit
+from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import group_images, split
+
+CACHE_LIMIT = 64 * 2**30  # bytes: sets that are larger when decoded are read from their files
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set split three ways, in memory.
+    """A data set split three ways.
 
     Attributes:
         train, val, test: each a `Part` (images, labels, ids, groups).
         classes: class names in label order.
         card: counts, licence, citation, leakage found, faults known.
         config: what determines the split and its content; part of a run's configuration.
+        source, signatures, audit: what was split; the last two None where images are read from files.
     """
 
     train: Part
@@ -29,6 +35,13 @@ class Data:
     classes: list[str]
     card: dict
     config: dict
+    source: Source
+    signatures: Signatures | None = None
+    audit: Audit | None = None
+
+    def split(self, protocol: str, fold: int = 0) -> dict[str, np.ndarray]:
+        """Image numbers of train, val and test under another protocol or in another fold, of the whole set."""
+        return _split(self.source, self.signatures, self.audit, protocol=protocol, fold=fold, seed=self.config["split_seed"])
 
 
 def load(
@@ -40,39 +53,59 @@ def load(
     fold: int = 0,
     fraction: float = 1.0,
     split_seed: int = 0,
+    on_corrupt: str = "raise",
+    from_files: bool | None = None,
+    download: bool = False,
 ) -> Data:
-    """Loads, decodes (once; cached) and splits a data set.
+    """Loads, decodes (once; cached), audits and splits a data set.
 
     Args:
-        name: "digits", "folder", "brain_tumor" or "ham10000".
-        root: where its files lie; default: the variable HDKD_DATA. Not needed for digits.
+        name: a key of `sources.SOURCES` (digits, folder, brain_tumor, ham10000, imagenette, ...) or "medmnist:FLAG".
+        root: the folder or archive with its files; default: the variable HDKD_DATA. Not needed for digits.
         image_size: height and width of the images; they are resized without keeping their aspect, as in HDKD's code.
         protocol: "grouped" (no lesion and no picture is on two sides), "official" or "random"; see `splits.split`.
         fold: which of the five folds is the test part.
         fraction: of the training part, by class, nested.
+        on_corrupt: "raise" (all images that cannot be decoded are named) or "skip" (they are counted in the card).
+        from_files: read the image files anew in every epoch, with crops that keep the aspect, instead of decoding them once;
+            they are not audited, so the protocol is "official". Default: where they would fill more than 64 GiB.
+        download: fetch what torchvision or MedMNIST offer into `root` where it is missing.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence that names the cause and the remedy.
+        ValueError, FileNotFoundError, OSError: one sentence that names the cause and the remedy.
     """
-    source = open_source(name, root)
-    images, hashes = decode(source, image_size)
-    index = split(
-        source.labels, hashes, groups=source.groups, parts=source.parts, protocol=protocol, fold=fold, fraction=fraction,
-        seed=split_seed, classes=source.classes,
-    )  # fmt: skip
-    groups = group_images(hashes, source.groups)
+    source = open_source(name, root, download=download)
+    if from_files is None:
+        from_files = len(source.ids) * 3 * image_size**2 > CACHE_LIMIT
+    if from_files:
+        if protocol != "official" or isinstance(source.images, np.ndarray):
+            raise ValueError(
+                f"{name} at {image_size} px would be read from files, without an audit: pass protocol='official'"
+                if protocol != "official"
+                else f"{name} has no image files; pass from_files=False"
+            )
+        signatures = audit = None
+    else:
+        source, images, signatures = decode(source, image_size, on_corrupt=on_corrupt)
+        audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
+    index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed)
+    groups = group_images(np.arange(len(source.ids)) if audit is None else audit.pictures, source.groups)
 
     def part(chosen: np.ndarray) -> Part:
+        if from_files:
+            pictures = Files([source.images[i] for i in chosen], image_size)
+        else:
+            pictures = Rows(torch.from_numpy(images), chosen)
         labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
-        return Part(torch.from_numpy(images[chosen]), labels, [source.ids[i] for i in chosen], groups[chosen])
+        return Part(pictures, labels, [source.ids[i] for i in chosen], groups[chosen])
 
     parts = {name: part(chosen) for name, chosen in index.items()}
-    named = source.groups or [""] * len(hashes)
-    content = sorted(f"{h}{label}{group}" for h, label, group in zip(hashes, source.labels, named, strict=True))
+    named = source.groups or [""] * len(source.ids)
+    content = sorted(f"{h}{label}{g}" for h, label, g in zip(_identity(source, signatures), source.labels, named, strict=True))
     return Data(
         **parts,
         classes=source.classes,
-        card=_card(source, hashes, groups, parts, protocol),
+        card=_card(source, audit, groups, parts, protocol),
         config={
             "dataset": name,
             "image_size": image_size,
@@ -80,26 +113,35 @@ def load(
             "fold": fold,
             "fraction": fraction,
             "split_seed": split_seed,
+            "from_files": from_files,
             "classes": source.classes,
             "content": hashlib.sha256("".join(content).encode()).hexdigest()[:16],
         },
+        source=source,
+        signatures=signatures,
+        audit=audit,
     )
 
 
-def _card(source, hashes: list[str], groups: np.ndarray, parts: dict[str, Part], protocol: str) -> dict:
-    card = {
+def _identity(source: Source, signatures: Signatures | None) -> np.ndarray:
+    """What orders images whatever their files' order: their pixels, or their names where nobody has looked at the pixels."""
+    return signatures.hashes if signatures else np.array([hashlib.sha1(i.encode()).hexdigest()[:16] for i in source.ids])
+
+
+def _split(source: Source, signatures: Signatures | None, audit: Audit | None, **options) -> dict[str, np.ndarray]:
+    return split(
+        source.labels, _identity(source, signatures), pictures=audit and audit.pictures, groups=source.groups,
+        parts=source.parts, classes=source.classes, **options,
+    )  # fmt: skip
+
+
+def _card(source: Source, audit: Audit | None, groups: np.ndarray, parts: dict[str, Part], protocol: str) -> dict:
+    """What a reader must know of the set, and what was counted in it."""
+    return {
         **source.card,
-        "images": len(hashes),
         "classes": {name: int((source.labels == c).sum()) for c, name in enumerate(source.classes)},
-        "duplicate_images": len(hashes) - len(set(hashes)),
+        **({"images": len(source.ids), "audit": "none: images are read from files"} if audit is None else audit.summary),
         "groups": len(set(groups)),
         "protocol": protocol,
+        "test_images_in_train": int(np.isin(parts["test"].groups, parts["train"].groups).sum()),
     }
-    pairs = np.unique(np.stack([groups, source.labels]), axis=1)
-    card["groups_with_two_labels"] = int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
-    if source.parts is not None:
-        is_test = np.asarray(source.parts) == "test"
-        card["official_test_images"] = int(is_test.sum())
-        card["official_test_images_in_train"] = int(np.isin(groups[is_test], groups[~is_test]).sum())
-    card["test_images_in_train"] = int(np.isin(parts["test"].groups, parts["train"].groups).sum())
-    return card

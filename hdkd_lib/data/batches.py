@@ -1,30 +1,73 @@
-"""Images as one uint8 tensor: decoded once, cached on disk, batched and augmented on the device."""
+"""Batches of uint8 images on the device, from its own memory, from the cache on disk, or from image files."""
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import fast_collate
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from hdkd_lib.data.sources import Source
+from hdkd_lib.data.augment import Augmentation
+from hdkd_lib.data.cache import to_rgb
 
-_CACHE_VERSION = 1  # raise when decoding or resizing changes
+
+class Rows:
+    """Some images (N, 3, S, S) of a store (M, 3, S, S), copied only when indexed: `rows[index]` is a tensor as of a tensor."""
+
+    def __init__(self, store: Tensor, rows: np.ndarray):
+        self.store, self.rows = store, torch.from_numpy(rows)
+        self.shape = torch.Size((len(rows), *store.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> Tensor:
+        return self.store[self.rows[index]]
+
+
+class Files:
+    """N image files, decoded when they are read, with timm's transforms: `files[index]` as of a tensor, `loader` for epochs."""
+
+    def __init__(self, paths: list[Path], image_size: int):
+        self.paths = paths
+        self.shape = torch.Size((len(paths), 3, image_size, image_size))
+        self._evaluation = create_transform(image_size, interpolation="bicubic", use_prefetcher=True)
+        self._training = create_transform(image_size, is_training=True, hflip=0, color_jitter=None, use_prefetcher=True)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index) -> Tensor:
+        chosen = torch.arange(len(self))[index]
+        if chosen.ndim == 0:
+            return self.read(int(chosen), False)
+        return torch.stack([self.read(i, False) for i in chosen.tolist()])
+
+    def read(self, i: int, crop: bool) -> Tensor:
+        """(3, S, S): a random crop of 8 to 100 % of the area, or the centre of the image, its short side 8/7 of S."""
+        try:
+            with Image.open(self.paths[i]) as image:
+                pixels = (self._training if crop else self._evaluation)(to_rgb(image))
+        except OSError as error:
+            raise ValueError(f"{self.paths[i]} cannot be decoded ({error}); replace or remove it") from error
+        return torch.as_tensor(pixels)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One side of a split: images (N, 3, S, S) uint8, labels (N,) int64, ids and groups of length N."""
+    """One side of a split: images (N, 3, S, S) uint8, labels (N,) int64, ids and groups of length N.
 
-    images: Tensor
+    `images` is a tensor, `Rows` of a store, or `Files`: indexing with a slice, a mask or numbers gives a uint8 tensor.
+    """
+
+    images: Tensor | Rows | Files
     labels: Tensor
     ids: list[str]
     groups: np.ndarray
@@ -32,103 +75,118 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def resident(self, device: torch.device, resident: str | bool = "auto") -> "Part":
+        """The part with its images in the device's memory: "auto" if they fill at most half of what is free there.
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("HDKD_CACHE", "~/.cache/hdkd_lib")).expanduser()
-
-
-def decode(source: Source, image_size: int) -> tuple[np.ndarray, list[str]]:
-    """All images as RGB of image_size x image_size (bilinear, aspect not kept) and a hash of each one's original pixels.
-
-    Returns:
-        A memory-mapped uint8 array (N, 3, S, S), and N hashes: equal for images whose decoded pixels are equal.
-
-    Raises:
-        ValueError: files that cannot be decoded, all of them named.
-        OSError: the cache's disk is full.
-    """
-    folder = cache_dir() / f"{source.name}-{image_size}-{_fingerprint(source)}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Built aside and renamed: a half-written cache is never seen, and of two builders the first to finish wins.
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
-        try:
-            _build(source, image_size, aside)
-            try:
-                aside.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-        except OSError as error:
-            needed = len(source.ids) * 3 * image_size**2 / 2**20
-            raise OSError(f"cannot write the image cache in {folder.parent}, which needs {needed:.0f} MiB: {error}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return np.load(folder / "images.npy", mmap_mode="r"), json.loads((folder / "hashes.json").read_text())
-
-
-def _fingerprint(source: Source) -> str:
-    digest = hashlib.sha256(str(_CACHE_VERSION).encode())
-    if isinstance(source.images, np.ndarray):
-        digest.update(source.images.tobytes())
-    else:
-        for name, path in zip(source.ids, source.images, strict=True):
-            stat = path.stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def _build(source: Source, image_size: int, folder: Path) -> None:
-    images = np.empty((len(source.ids), 3, image_size, image_size), np.uint8)
-
-    def one(i: int) -> str | Exception:
-        image = source.images[i]
-        try:
-            with Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image) as opened:
-                rgb = _to_rgb(opened)
-        except Exception as error:  # PIL raises many kinds for a broken file
-            return error
-        images[i] = np.asarray(rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-        return hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest()[:16]
-
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(one, range(len(source.ids))))
-    if broken := [f"{source.images[i]} ({h})" for i, h in enumerate(hashes) if isinstance(h, Exception)]:
-        raise ValueError(
-            f"{len(broken)} of {len(hashes)} images cannot be decoded; replace or remove them:\n" + "\n".join(broken)
-        )
-    np.save(folder / "images.npy", images)  # written at once: a memory map on a full disk ends the process with SIGBUS
-    (folder / "hashes.json").write_text(json.dumps(hashes))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits ("I;16", or "I" from a PGM), which PIL would clip to 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+        On a CPU the cache is memory already, shared with other runs; image files are always read anew.
+        """
+        if resident not in ("auto", True, False):
+            raise ValueError(f"resident must be 'auto', True or False (got {resident!r})")
+        if device.type == "cpu" or isinstance(self.images, Files) or not resident:
+            return self
+        if resident == "auto" and device.type == "cuda" and self.images.shape.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
+        return replace(self, images=self.images[:].to(device), labels=self.labels.to(device))
 
 
 class Normalise(nn.Module):
-    """uint8 images (B, 3, H, W) to [0, 1], augmented if `augment` is given, then in the model's normalisation."""
+    """uint8 images (B, 3, H, W), augmented if `augment` is given, in the model's normalisation, float32 and channels last."""
 
-    def __init__(self, model: nn.Module, augment: nn.Module | None = None):
+    def __init__(self, model: nn.Module, augment: Augmentation | None = None):
         super().__init__()
-        self.augment = augment or nn.Identity()
+        self.augment = augment or Augmentation()
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.augment(images.float() / 255)
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = self.augment(images).sub_(self.mean).div_(self.std)
+        return self.augment.finish(images).contiguous(memory_format=torch.channels_last)
 
 
-def batches(part: Part, size: int, *, shuffle: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images uint8, labels) by batches, on the part's device; `shuffle` draws one permutation from torch's global generator.
+def batches(
+    part: Part,
+    size: int,
+    *,
+    shuffle: bool = False,
+    weights: Tensor | None = None,
+    repeats: int = 1,
+    crop: bool = False,
+    even: bool = False,
+    device: torch.device | str = "cpu",
+    workers: int = 4,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images uint8, labels) by batches on the device; the order is drawn from torch's global CPU generator.
+
+    What is not resident there is read ahead by a thread (from the cache) or by `workers` processes (from files).
+
+    Args:
+        weights: (C,) draw each image with its class's weight, with replacement, instead of once (the balanced sampler).
+        repeats: how often an image comes in an epoch, of whose images only one in `repeats` is used (repeated augmentation,
+            Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
+        crop: whether files are cropped at random; without effect on decoded images.
+        even: leave out the last image of a batch of an odd number (mixup pairs them).
 
     A last batch of one image is left out when shuffling (unless `size` is one): batch norm has no variance for it.
     """
-    order = torch.randperm(len(part)) if shuffle else torch.arange(len(part))
-    for index in order.to(part.labels.device).split(size):
-        if shuffle and len(index) == 1 < min(size, len(part)):
-            continue
-        yield part.images[index], part.labels[index]
+    order = torch.arange(len(part))
+    if weights is not None:
+        order = torch.multinomial(weights.cpu()[part.labels.cpu()], len(part), replacement=True)
+    elif shuffle:
+        order = torch.randperm(len(part))
+    chunks = list(order.repeat_interleave(repeats)[: len(part)].split(size))
+    if shuffle and len(chunks[-1]) == 1 < min(size, len(part)):
+        chunks.pop()
+    if even:
+        chunks = [chunk[: len(chunk) // 2 * 2] for chunk in chunks if len(chunk) > 1]
+
+    device = torch.device(device)
+    if isinstance(part.images, Files):
+        read = DataLoader(
+            _Reader(part, crop), batch_sampler=[chunk.tolist() for chunk in chunks], collate_fn=fast_collate,
+            num_workers=workers, pin_memory=device.type == "cuda",
+        )  # fmt: skip
+    elif part.labels.device == device:
+        chunks = torch.cat(chunks).to(device).split([len(chunk) for chunk in chunks])  # one copy an epoch
+        read = ((part.images[chunk], part.labels[chunk]) for chunk in chunks)
+    else:
+        pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
+        read = _ahead(lambda chunk: (pin(part.images[chunk]), pin(part.labels[chunk])), chunks)
+    for images, labels in read:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+class _Reader(Dataset):
+    def __init__(self, part: Part, crop: bool):
+        self.part, self.crop = part, crop
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.part.images.read(i, self.crop).numpy(), int(self.part.labels[i])
+
+
+def _ahead(read: Callable, chunks: list[Tensor], depth: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
+    """`map(read, chunks)`, of which `depth` results are prepared by a thread while the caller works."""
+    results, is_stopped = queue.Queue(depth), threading.Event()
+
+    def work() -> None:
+        for chunk in chunks:
+            try:
+                result = read(chunk)
+            except Exception as error:
+                result = error
+            results.put(result)
+            if is_stopped.is_set() or isinstance(result, Exception):
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in chunks:
+            if isinstance(result := results.get(), Exception):
+                raise result
+            yield result
+    finally:  # the caller may leave before the end
+        is_stopped.set()
+        while thread.is_alive():
+            while not results.empty():
+                results.get()
+            thread.join(0.01)

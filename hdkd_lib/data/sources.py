@@ -2,15 +2,17 @@
 
 import difflib
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.datasets import load_digits
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+from hdkd_lib.data.files import IMAGE_SUFFIXES, existing, find, images_in, is_archive, unpack
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,12 @@ class Source:
         images: paths, or one uint8 array (N, H, W) of grey or (N, H, W, 3) of colour images.
         ids: a name for each image, unique, the same on every machine.
         labels: (N,) class indices.
-        parts: "train" or "test" for each image as published, or None where there is no published split.
+        parts: "train", "val" or "test" for each image as published, or None where there is no published split.
         groups: a name per image shared by images that must not be separated (a lesion, a patient), or None.
-        card: what a reader must know: title, licence, citation, known_faults.
+        card: what a reader must know: title, licence, citation, obtain (how to get it), known_faults.
+
+    Raises:
+        ValueError: two images have one id.
     """
 
     name: str
@@ -35,8 +40,21 @@ class Source:
     groups: list[str] | None = None
     card: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        if len(set(self.ids)) < len(self.ids):
+            twice = next(i for i in sorted(set(self.ids)) if self.ids.count(i) > 1)
+            raise ValueError(f"{len(self.ids) - len(set(self.ids))} ids of {self.name} occur twice, the first is {twice}")
 
-def digits(root: Path | None = None) -> Source:
+    def take(self, index: np.ndarray) -> "Source":
+        """The images of these numbers alone."""
+
+        def chosen(values):
+            return [values[i] for i in index] if isinstance(values, list) else values if values is None else values[index]
+
+        return replace(self, **{key: chosen(getattr(self, key)) for key in ("images", "ids", "labels", "parts", "groups")})
+
+
+def digits(root: Path | None = None, download: bool = False) -> Source:
     """1,797 handwritten digits, 8x8, that ship with scikit-learn: real images without a download."""
     data = load_digits()
     return Source(
@@ -49,21 +67,24 @@ def digits(root: Path | None = None) -> Source:
             "title": "Optical Recognition of Handwritten Digits (test part), 8x8 grey",
             "licence": "CC BY 4.0",
             "citation": "E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 1998, doi:10.24432/C50P49",
+            "obtain": "ships with scikit-learn",
             "known_faults": "writers are not identified, so one writer's digits are on both sides of any split",
         },
     )
 
 
-def folder(root: Path | None) -> Source:
-    """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing,val}/CLASS/*, or ROOT/CLASS/*.
+def folder(root: Path | None, download: bool = False) -> Source:
+    """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing}/CLASS/*, or ROOT/CLASS/*; also as an archive.
 
-    Where there are three, the images of `val` join those of `train`: validation is carved from training by group anyway.
+    A folder `val` beside both is the published validation part; without a folder `test` it is the test part.
 
     Raises:
         FileNotFoundError: ROOT is missing, holds no class folder, or only one of train and test.
         ValueError: a class folder holds no image, or train and test have other classes.
     """
-    root = _existing(root)
+    if root is None:
+        raise FileNotFoundError("no data folder given; the dataset 'folder' needs root=")
+    root = existing(root)
     found = {d.name.lower(): d for d in sorted(root.iterdir()) if d.is_dir()}
     train, val, test = (
         next((found[name] for name in names if name in found), None)
@@ -73,17 +94,17 @@ def folder(root: Path | None) -> Source:
         val, test = None, val
     if (train is None) != (test is None):
         raise FileNotFoundError(f"{root} has only one of a train and a test folder; add the other or point root at its classes")
-    parts = [("", root)] if train is None else [("train", train), ("train", val), ("test", test)]
+    parts = [("", root)] if train is None else [("train", train), ("val", val), ("test", test)]
 
-    files = [(part, directory, _class_folders(directory)) for part, directory in parts if directory]
+    files = [(part, directory, *_class_folders(directory)) for part, directory in parts if directory]
     classes = sorted(files[0][2])
-    for _, directory, by_class in files[1:]:
+    for _, directory, by_class, _ in files[1:]:
         if differing := sorted(by_class.keys() ^ set(classes)):
             raise ValueError(
                 f"{files[0][1].name} and {directory.name} in {root} have other classes: {', '.join(differing)} is in one of "
                 "them only; give both the same class folders"
             )
-    rows = [(path, part, label) for part, _, by_class in files for label, name in enumerate(classes) for path in by_class[name]]
+    rows = [(path, part, label) for part, _, by_class, _ in files for label, c in enumerate(classes) for path in by_class[c]]
     return Source(
         name="folder",
         classes=classes,
@@ -95,60 +116,280 @@ def folder(root: Path | None) -> Source:
             "title": f"image folder {root.name}",
             "licence": "not known",
             "citation": "not known",
+            "obtain": "not known",
             "known_faults": "not known",
+            "ignored_files": sum(ignored for *_, ignored in files),
         },
     )
 
 
-def _class_folders(directory: Path) -> dict[str, list[Path]]:
-    """The images of each class folder."""
-    by_class = {}
+def _class_folders(directory: Path) -> tuple[dict[str, list[Path]], int]:
+    """The images of each class folder, and how many other files lie among them."""
+    by_class, ignored = {}, 0
     for class_dir in sorted(d for d in directory.iterdir() if d.is_dir() and not d.name.startswith(".")):
-        by_class[class_dir.name] = _images_in(class_dir)
+        by_class[class_dir.name], others = images_in(class_dir)
+        ignored += others
         if not by_class[class_dir.name]:
             raise ValueError(f"no image in {class_dir}; remove the folder or fill it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if not by_class:
         raise FileNotFoundError(f"no class folder in {directory}; expected one folder of images per class")
-    return by_class
+    return by_class, ignored
 
 
-def brain_tumor(root: Path | None) -> Source:
+def _published_folder(name: str, root: Path | None, marks: tuple[str, ...], card: dict) -> Source:
+    """An image folder under its own name and card, recognised by the files or folders `marks` that it holds."""
+    source = folder(find(root, [marks], name, card["obtain"]))
+    return replace(source, name=name, card=source.card | card)
+
+
+def brain_tumor(root: Path | None, download: bool = False) -> Source:
     """Brain Tumor Classification (MRI), SARTAJ version: 3,264 slices, 4 classes, Training/ and Testing/ as downloaded."""
-    source = folder(_find(root, ("Training", "Testing"), "brain_tumor"))
+    card = {
+        "title": "Brain Tumor Classification (MRI), SARTAJ version",
+        "licence": "none stated by its authors",
+        "citation": "S. Bhuvaji et al., Kaggle, 2020, doi:10.34740/KAGGLE/DSV/1183165",
+        "obtain": "github.com/SartajBhuvaji/Brain-Tumor-Classification-DataSet",
+        "known_faults": "251 of 394 test images are pixel-identical to a training image; no patient identifiers; "
+        "the Testing gliomas look like another source than the Training gliomas",
+    }
+    return _published_folder("brain_tumor", root, ("Training/glioma_tumor", "Testing/glioma_tumor"), card)
+
+
+def brain_tumor_nickparvar(root: Path | None, download: bool = False) -> Source:
+    """Brain Tumor MRI Dataset, Nickparvar's version: 7,023 slices, 4 classes, Training/ and Testing/ as downloaded."""
+    card = {
+        "title": "Brain Tumor MRI Dataset, Nickparvar's version",
+        "licence": "CC0 1.0 (as stated on Kaggle; check it)",
+        "citation": "M. Nickparvar, Kaggle, 2021, doi:10.34740/KAGGLE/DSV/2645886",
+        "obtain": "kaggle.com/datasets/masoudnickparvar/brain-tumor-mri-dataset",
+        "known_faults": "merged from three sets, the SARTAJ version (which leaks) among them; no patient identifiers",
+    }
+    return _published_folder("brain_tumor_nickparvar", root, ("Training/notumor", "Testing/notumor"), card)
+
+
+IMAGENETTE = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def imagenette(root: Path | None, download: bool = False) -> Source:
+    """Imagenette (10 ImageNet classes), any of its sizes: train/WNID and val/WNID."""
+    card = {
+        "title": "Imagenette, ten classes of ImageNet",
+        "licence": "ImageNet's terms: non-commercial research and education",
+        "citation": "J. Howard, github.com/fastai/imagenette; J. Deng et al., ImageNet, CVPR 2009",
+        "obtain": "github.com/fastai/imagenette, or download=True",
+        "known_faults": "its validation images are mostly training images of ImageNet, which a pretrained teacher has seen",
+    }
+    if download:
+        from torchvision.datasets import Imagenette
+
+        _torchvision(Imagenette, root, "imagenette", split="train", size="320px", download=True)
+    source = _published_folder("imagenette", root, ("train/n03888257", "val/n03888257"), card)
+    return replace(source, classes=[IMAGENETTE.get(wnid, wnid) for wnid in source.classes])
+
+
+def imagenet(root: Path | None, download: bool = False) -> Source:
+    """ImageNet-1k (ILSVRC 2012) by torchvision's class, which extracts the original archives; its val is the test part."""
+    from torchvision.datasets import ImageNet
+
+    obtain = "image-net.org: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
+    parts = {part: _torchvision(ImageNet, root, "imagenet", obtain, split=split) for part, split in _TRAIN_VAL.items()}
+    samples = [(part, Path(path), label) for part, dataset in parts.items() for path, label in dataset.samples]
     return Source(
-        **vars(source)
-        | {
-            "name": "brain_tumor",
-            "card": {
-                "title": "Brain Tumor Classification (MRI), SARTAJ version",
-                "licence": "none stated by its authors",
-                "citation": "S. Bhuvaji et al., Kaggle, 2020, doi:10.34740/KAGGLE/DSV/1183165",
-                "known_faults": "251 of 394 test images are pixel-identical to a training image; no patient identifiers; "
-                "the Testing gliomas look like another source than the Training gliomas",
-            },
-        }
+        name="imagenet",
+        classes=[names[0] for names in parts["train"].classes],
+        images=[path for _, path, _ in samples],
+        ids=[f"{path.parent.name}/{path.name}" for _, path, _ in samples],
+        labels=np.array([label for *_, label in samples]),
+        parts=[part for part, *_ in samples],
+        card={
+            "title": "ImageNet-1k (ILSVRC 2012)",
+            "licence": "ImageNet's terms: non-commercial research and education",
+            "citation": "O. Russakovsky et al., IJCV 115, 2015, doi:10.1007/s11263-015-0816-y",
+            "obtain": obtain,
+            "known_faults": "duplicates and ambiguous labels are known; the published validation part is the test part here",
+        },
     )
 
 
-def ham10000(root: Path | None) -> Source:
-    """HAM10000: 10,015 dermatoscopic images, 7 classes, 7,470 lesions; HAM10000_metadata.csv and one or more folders of images.
+_TRAIN_VAL = {"train": "train", "test": "val"}
+
+
+def _cifar(name: str, root: Path | None, download: bool) -> Source:
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    obtain = "cs.toronto.edu/~kriz/cifar.html, or download=True"
+    train, test = (_torchvision(kind, root, name, obtain, train=t, download=download) for t in (True, False))
+    return Source(
+        name=name,
+        classes=train.classes,
+        images=np.concatenate([train.data, test.data]),
+        ids=[f"{part}/{i:05d}" for part, d in (("train", train), ("test", test)) for i in range(len(d))],
+        labels=np.array([*train.targets, *test.targets]),
+        parts=["train"] * len(train) + ["test"] * len(test),
+        card={
+            "title": f"CIFAR-{len(train.classes)}, 32x32",
+            "licence": "none stated by its authors",
+            "citation": "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+            "obtain": obtain,
+            "known_faults": "near-duplicates cross its published split (B. Barz, J. Denzler, J. Imaging 6(6), 2020)",
+        },
+    )
+
+
+def cifar10(root: Path | None, download: bool = False) -> Source:
+    """CIFAR-10: 60,000 images of 32x32, its published test part of 10,000."""
+    return _cifar("cifar10", root, download)
+
+
+def cifar100(root: Path | None, download: bool = False) -> Source:
+    """CIFAR-100: 60,000 images of 32x32, its published test part of 10,000."""
+    return _cifar("cifar100", root, download)
+
+
+def flowers102(root: Path | None, download: bool = False) -> Source:
+    """Oxford 102 Flowers: 8,189 images, published parts of 1,020, 1,020 and 6,149."""
+    from torchvision.datasets import Flowers102
+
+    obtain = "robots.ox.ac.uk/~vgg/data/flowers/102, or download=True"
+    parts = {
+        p: _torchvision(Flowers102, root, "flowers102", obtain, split=p, download=download) for p in ("train", "val", "test")
+    }
+    files = [(part, path, label) for part, d in parts.items() for path, label in zip(d._image_files, d._labels, strict=True)]
+    return Source(
+        name="flowers102",
+        classes=list(parts["train"].classes),
+        images=[Path(path) for _, path, _ in files],
+        ids=[Path(path).name for _, path, _ in files],
+        labels=np.array([label for *_, label in files]),
+        parts=[part for part, *_ in files],
+        card={
+            "title": "Oxford 102 Flowers",
+            "licence": "none stated by its authors",
+            "citation": "M.-E. Nilsback, A. Zisserman, ICVGIP 2008",
+            "obtain": obtain,
+            "known_faults": "the published training part is an eighth of the set",
+        },
+    )
+
+
+def _torchvision(kind: Callable, root: Path | None, name: str, obtain: str = "", **arguments):
+    """torchvision's data set of that class in `root` or in the folder of its name there."""
+    root = existing(root)
+    places = [root] if arguments.get("download") else [root, root / name]
+    for place in places:
+        try:
+            return kind(place, **arguments)
+        except (RuntimeError, FileNotFoundError) as error:
+            reason = error
+    raise FileNotFoundError(f"no {name} in {root} ({reason}); get it from {obtain}") from reason
+
+
+def medmnist(name: str, root: Path | None, download: bool = False) -> Source:
+    """`medmnist:FLAG` (28 px) or `medmnist:FLAG:SIZE` (64, 128, 224): any 2-D set of MedMNIST with one label per image.
+
+    Its file, e.g. pathmnist_64.npz, lies in `root`, or is fetched there with `download`.
 
     Raises:
-        ValueError: the table lacks a column, or a row has no image.
+        ValueError: unknown flag or size, a set of volumes, or one with several labels per image.
+        FileNotFoundError: the file is not there.
+        ImportError: the package medmnist is not installed.
     """
-    root = _find(root, ("HAM10000_metadata.csv",), "ham10000")
-    table = pd.read_csv(root / "HAM10000_metadata.csv", dtype=str)
+    try:
+        import medmnist as package
+    except ImportError as error:
+        raise ImportError("MedMNIST's sets need its package: pip install medmnist") from error
+    flag, _, size = name.removeprefix("medmnist:").partition(":")
+    flat = {key: info for key, info in package.INFO.items() if not key.endswith("3d")}
+    if flag not in flat:
+        near = difflib.get_close_matches(flag, flat, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the 2-D sets are {', '.join(flat)}"
+        raise ValueError(f"unknown MedMNIST set {flag!r}; {hint}")
+    if size not in ("", "28", "64", "128", "224"):
+        raise ValueError(f"MedMNIST's sizes are 28, 64, 128 and 224 (got {size!r})")
+    info = flat[flag]
+    if "multi-label" in info["task"]:
+        raise ValueError(f"{flag} has several labels per image, which this study's losses do not take; choose another set")
+    root = existing(root)
+    root = root if download or not (root / "medmnist").is_dir() else root / "medmnist"
+    try:
+        parts = {
+            part: getattr(package, info["python_class"])(part, root=str(root), size=int(size or 28), download=download)
+            for part in ("train", "val", "test")
+        }
+    except RuntimeError as error:
+        file = f"{flag}_{size}.npz" if size not in ("", "28") else f"{flag}.npz"
+        raise FileNotFoundError(f"no {file} in {root}; get it from medmnist.com or pass download=True") from error
+    return Source(
+        name=name.replace(":", "-"),
+        classes=[info["label"][str(c)] for c in range(len(info["label"]))],
+        images=np.concatenate([d.imgs for d in parts.values()]),
+        ids=[f"{part}/{i:06d}" for part, d in parts.items() for i in range(len(d.imgs))],
+        labels=np.concatenate([d.labels[:, 0] for d in parts.values()]).astype(np.int64),
+        parts=[part for part, d in parts.items() for _ in range(len(d.imgs))],
+        card={
+            "title": f"MedMNIST v2: {flag}",
+            "licence": info["license"],
+            "citation": "J. Yang et al., MedMNIST v2, Scientific Data 10:41, 2023, doi:10.1038/s41597-022-01721-8",
+            "obtain": "medmnist.com, or download=True",
+            "known_faults": "drawn from HAM10000 by image: lesions are on both sides of its published split"
+            if flag == "dermamnist"
+            else "patients are not identified",
+        },
+    )
+
+
+def ham10000(root: Path | None, download: bool = False) -> Source:
+    """HAM10000: 10,015 dermatoscopic images, 7 classes, 7,470 lesions; as Kaggle, Harvard or ISIC 2018 (Task 3) give it.
+
+    Kaggle and Harvard: HAM10000_metadata(.csv, .tab) and folders or archives of images; ISIC: the ground truth and the lesion
+    groupings (ISIC2018_Task3_Training_*.csv). Archives beside the tables are read too.
+
+    Raises:
+        ValueError: the table lacks a column, a row has no image or contradicts another, or two files of one id differ.
+    """
+    obtain = "doi:10.7910/DVN/DBW86T, kaggle.com/datasets/kmader/skin-cancer-mnist-ham10000 or challenge.isic-archive.com/data"
+    place = find(root, [("HAM10000_metadata*",), ("ISIC2018_Task3_Training_GroundTruth*",)], "ham10000", obtain)
+    archives = [a for a in sorted(place.iterdir()) if is_archive(a) and ("HAM10000" in a.name or "Task3_Training" in a.name)]
+    folders = [place, *map(unpack, archives)]
+    table, name = _ham10000_table(folders)
     if missing := {"image_id", "lesion_id", "dx"} - set(table.columns):
-        raise ValueError(f"{root / 'HAM10000_metadata.csv'} has no column {', '.join(sorted(missing))}")
-    table = table.drop_duplicates("image_id").sort_values("image_id")
-    files = {f.stem: f for f in _images_in(root)}
+        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}")
+    table = table[["image_id", "lesion_id", "dx"]].drop_duplicates().sort_values("image_id")
+    if len(twice := table[table.image_id.duplicated()]):
+        raise ValueError(f"{len(twice)} images have two rows in {name} that differ, the first is {twice.image_id.iloc[0]}")
+
+    files, ignored = defaultdict(list), 0
+    for directory in folders:
+        images, others = images_in(directory)
+        ignored += others
+        for file in images:
+            files[file.stem].append(file)
     if absent := sorted(set(table.image_id) - files.keys()):
-        raise ValueError(f"{len(absent)} rows of HAM10000_metadata.csv have no image in {root}, the first is {absent[0]}")
+        raise ValueError(f"{len(absent)} rows of {name} have no image in {place}, the first is {absent[0]}")
+    for i in table.image_id:
+        if len({file.stat().st_size for file in files[i]}) > 1:
+            raise ValueError(f"two images are named {i} and differ: {', '.join(map(str, files[i]))}; remove one")
+    if unnamed := sorted(files.keys() - set(table.image_id)):
+        warnings.warn(
+            f"{len(unnamed)} images in {place} have no row in {name} and are left out, the first is {unnamed[0]}", stacklevel=2
+        )
     classes = sorted(table.dx.unique())
     return Source(
         name="ham10000",
         classes=classes,
-        images=[files[i] for i in table.image_id],
+        images=[files[i][0] for i in table.image_id],
         ids=table.image_id.tolist(),
         labels=table.dx.map(classes.index).to_numpy(),
         groups=table.lesion_id.tolist(),
@@ -156,58 +397,61 @@ def ham10000(root: Path | None) -> Source:
             "title": "HAM10000 (ISIC 2018 Task 3 training images)",
             "licence": "CC BY-NC 4.0",
             "citation": "P. Tschandl, C. Rosendahl, H. Kittler, Scientific Data 5:180161, 2018, doi:10.1038/sdata.2018.161",
+            "obtain": obtain,
             "known_faults": "no published split; 4,501 images share a lesion with another, which a split by image leaks",
+            "ignored_files": ignored,
+            "images_without_row": len(unnamed),
         },
     )
 
 
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
-    "digits": digits,
-    "folder": folder,
-    "brain_tumor": brain_tumor,
-    "ham10000": ham10000,
-}
+def _ham10000_table(folders: list[Path]) -> tuple[pd.DataFrame, str]:
+    """image_id, lesion_id and dx as text, and the table's file name."""
+
+    def first(pattern: str) -> Path | None:
+        return next((f for d in folders for f in sorted(d.rglob(pattern)) if f.is_file() and not is_archive(f)), None)
+
+    if path := first("HAM10000_metadata*"):
+        return pd.read_csv(path, dtype=str, sep=None, engine="python"), path.name
+    path, groups = first("ISIC2018_Task3_Training_GroundTruth.csv"), first("ISIC2018_Task3_Training_LesionGroupings.csv")
+    if path is None or groups is None:
+        raise FileNotFoundError(
+            f"{folders[0]} has no ISIC2018_Task3_Training_{'LesionGroupings' if path else 'GroundTruth'}.csv; put it there: "
+            "without it nobody knows which images show one lesion"
+        )
+    truth = pd.read_csv(path).set_index("image")
+    table = truth.idxmax(axis=1).str.lower().rename("dx").reset_index()
+    table = table.merge(pd.read_csv(groups, dtype=str)[["image", "lesion_id"]], on="image", how="left", validate="1:1")
+    if table.lesion_id.isna().any():
+        raise ValueError(f"{table.lesion_id.isna().sum()} images of {path.name} are not in {groups.name}")
+    return table.rename(columns={"image": "image_id"}), path.name
 
 
-def open_source(name: str, root: str | Path | None = None) -> Source:
-    """The source of that name; `root` is where its files lie, by default the variable HDKD_DATA.
+SOURCES: dict[str, Callable[[Path | None, bool], Source]] = {
+    source.__name__: source
+    for source in (
+        digits, folder, brain_tumor, brain_tumor_nickparvar, ham10000, imagenette, cifar10, cifar100, flowers102, imagenet,
+    )
+}  # fmt: skip
+
+
+def open_source(name: str, root: str | Path | None = None, *, download: bool = False) -> Source:
+    """The source of that name; `root`, a folder or an archive, is where its files lie, by default the variable HDKD_DATA.
+
+    Args:
+        download: whether to fetch what torchvision or MedMNIST offer into `root` where it is missing.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested).
+        ValueError: unknown name (the nearest is suggested), or contents that contradict themselves.
         FileNotFoundError: its files are not there.
     """
+    if name != "folder":  # HDKD_DATA holds many sets and is none itself
+        root = root or os.environ.get("HDKD_DATA")
+    root = Path(root).expanduser() if root else None
+    if name.startswith("medmnist:"):
+        return medmnist(name, root, download)
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
-        raise ValueError(
-            f"unknown dataset {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SOURCES)}")
-        )
-    root = root or os.environ.get("HDKD_DATA") or None
-    return SOURCES[name](Path(root).expanduser() if root else None)
-
-
-def _existing(root: Path | None) -> Path:
-    if root is None:
-        raise FileNotFoundError("no data folder given; pass root= or set the variable HDKD_DATA")
-    if not root.is_dir():
-        raise FileNotFoundError(f"no data folder at {root}; correct root= or the variable HDKD_DATA")
-    return root
-
-
-def _images_in(directory: Path) -> list[Path]:
-    """Sorted; hidden files, which some archives carry beside each image, are left out."""
-    return sorted(f for f in directory.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-
-
-def _find(root: Path | None, names: tuple[str, ...], dataset: str) -> Path:
-    """`root` itself or the one folder in it (the data set's own name first) that holds all of the given names."""
-    root = _existing(root)
-    candidates = [
-        root,
-        *sorted((d for d in root.iterdir() if d.is_dir()), key=lambda d: (not d.name.startswith(dataset), d.name)),
-    ]
-    for candidate in candidates:
-        if all((candidate / name).exists() for name in names):
-            return candidate
-    raise FileNotFoundError(
-        f"no {dataset} in {root}: no folder there holds {' and '.join(names)}; download it or correct root="
-    )
+        known = f"known are {', '.join(SOURCES)} and medmnist:FLAG"
+        raise ValueError(f"unknown dataset {name!r}; " + (f"did you mean {near[0]!r}?" if near else known))
+    return SOURCES[name](root, download)

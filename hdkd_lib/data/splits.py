@@ -12,20 +12,24 @@ FOLDS = 5
 VALIDATION_FOLDS = 8  # validation is an eighth of what is not test: a tenth of all images where the test part is a fifth
 
 
-def group_images(hashes: Sequence[str], groups: Sequence[str] | None) -> np.ndarray:
-    """(N,) group numbers: images with equal pixels, or of one named group, share a number, and so do chains of both."""
-    _, pixel = np.unique(hashes, return_inverse=True)
-    named = np.arange(len(pixel)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    # Images that share pixels or a name are connected in a bipartite graph of pixel nodes and name nodes.
-    size = pixel.max() + 1 + named.max() + 1
-    edges = coo_array((np.ones(len(pixel)), (pixel, pixel.max() + 1 + named)), shape=(size, size))
-    return connected_components(edges, directed=False)[1][pixel]
+def group_images(pictures: Sequence, groups: Sequence[str] | None) -> np.ndarray:
+    """(N,) group numbers, counted in order of appearance: images of one picture or one named group share a number, and so do
+    chains of both."""
+    _, picture = np.unique(pictures, return_inverse=True)
+    named = np.arange(len(picture)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    # Images that share a picture or a name are connected in a bipartite graph of picture nodes and name nodes.
+    size = picture.max() + 1 + named.max() + 1
+    edges = coo_array((np.ones(len(picture)), (picture, picture.max() + 1 + named)), shape=(size, size))
+    component = connected_components(edges, directed=False)[1][picture]
+    _, first, number = np.unique(component, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
 
 
 def split(
     labels: np.ndarray,
     hashes: Sequence[str],
     *,
+    pictures: Sequence | None = None,
     groups: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
     protocol: str = "grouped",
@@ -36,12 +40,14 @@ def split(
 ) -> dict[str, np.ndarray]:
     """Indices of `train`, `val` and `test`.
 
-    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no group crosses. "official": the
-    published test part. "random": folds by image, as most papers split, to measure what leakage is worth. Validation is always
-    carved from what is not test, by the same rule as the folds ("official": by group).
+    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no picture and no group crosses.
+    "official": the published test part, and the published validation part if there is one. "random": folds by image, as most
+    papers split, to measure what leakage is worth. Validation is otherwise carved from what is not test, by the same rule as
+    the folds ("official": by group).
 
     Args:
-        labels, hashes, groups, parts: of length N; see `Source` and `decode`.
+        labels, hashes, groups, parts: of length N; see `Source` and `cache.Signatures`.
+        pictures: what counts as one picture, e.g. `leakage.pictures`; by default images of equal hashes.
         fraction: of the training part, drawn by class; smaller fractions are subsets of larger ones.
 
     Raises:
@@ -59,7 +65,9 @@ def split(
 
     # Sorted by content, so that neither file order nor file names decide.
     order = np.lexsort((labels, np.asarray(hashes)))
-    number = np.arange(len(labels)) if protocol == "random" else group_images(np.asarray(hashes)[order], _take(groups, order))
+    number = np.arange(len(labels))
+    if protocol != "random":
+        number = group_images(np.asarray(hashes if pictures is None else pictures)[order], _take(groups, order))
     labels, position = labels[order], np.arange(len(order))
 
     for c, name in enumerate(names):
@@ -71,11 +79,14 @@ def split(
             )
 
     if protocol == "official":
-        is_test = np.asarray(parts)[order] == "test"
-        rest, test = position[~is_test], position[is_test]
+        side = np.asarray(parts)[order]
+        rest, test = position[side != "test"], position[side == "test"]
     else:
         rest, test = _folds(position, labels, number, FOLDS, seed)[fold]
-    train, val = _folds(rest, labels, number, VALIDATION_FOLDS, seed)[0]
+    if protocol == "official" and "val" in parts:
+        train, val = position[side == "train"], position[side == "val"]
+    else:
+        train, val = _folds(rest, labels, number, VALIDATION_FOLDS, seed)[0]
     if fraction < 1:
         shuffled = np.random.default_rng(seed).permutation(train)
         by_class = [shuffled[labels[shuffled] == c] for c in range(len(names))]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import timm.task
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdkd_lib import models
@@ -22,6 +23,8 @@ class Method(timm.task.TrainingTask):
         self.trainable_module = student
         self.progress = 0.0
         self.is_fresh = True  # until `fit` trains the student
+        self.class_weights: Tensor | None = None  # (C,), of the cross-entropy with labels; `fit` sets both by its recipe
+        self.label_smoothing = 0.0
 
     @property
     def student(self) -> nn.Module:
@@ -30,6 +33,11 @@ class Method(timm.task.TrainingTask):
     def set_progress(self, progress: float) -> None:
         """How far training has come, in [0, 1); called once before each epoch."""
         self.progress = progress
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """With labels (B,), or with probabilities (B, C) as mixup gives them, which are smoothed already."""
+        smoothing = self.label_smoothing if target.ndim == 1 else 0.0
+        return F.cross_entropy(logits, target, self.class_weights, label_smoothing=smoothing)
 
     def settings(self) -> dict:
         return {}

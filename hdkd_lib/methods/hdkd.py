@@ -96,7 +96,7 @@ class HDKD(Distillation):
             distillation = soft_distillation(distillation_logits, teacher_logits, tau=self.tau, reduction=self.reduction)
         else:
             distillation = hard_distillation(distillation_logits, teacher_logits)
-        logit_loss = (1 - self.alpha) * F.cross_entropy(class_logits, target) + self.alpha * distillation
+        logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
         features = (
             feature_loss(teacher_maps, student_maps, exponent=self.stage_exponent) if indices else logit_loss.new_zeros(())
         )

@@ -1,6 +1,5 @@
 """Training alone: cross-entropy, no teacher. The baseline of every method, and how teachers are trained."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from hdkd_lib.methods.base import Method
@@ -11,4 +10,4 @@ class Supervised(Method):
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         output = self.student(images)
-        return {"loss": F.cross_entropy(output, target), "output": output}
+        return {"loss": self.cross_entropy(output, target), "output": output}

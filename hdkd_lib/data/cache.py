@@ -1,0 +1,150 @@
+"""Images decoded once: uint8 of one size in a memory-mapped file, and signatures by which duplicates are found."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hdkd_lib.data.files import built_aside, cache_dir
+from hdkd_lib.data.sources import Source
+
+_VERSION = 2  # raise when decoding, resizing or a signature changes
+_CHUNK = 256  # images in memory at a time while a cache is built
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """What is known of N original images, before they are resized.
+
+    Attributes:
+        hashes: (N,) text, equal where the decoded RGB pixels are equal.
+        gradients: (N, 32) uint8, 256 bits: in a 17x16 grey thumbnail, is a pixel brighter than its left neighbour? (dHash)
+        thumbnails: (N, 32, 32) uint8, grey.
+        colours: (N, 8, 8, 3) uint8, RGB.
+        sizes: (N, 2) width and height in pixels.
+    """
+
+    hashes: np.ndarray
+    gradients: np.ndarray
+    thumbnails: np.ndarray
+    colours: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+def decode(source: Source, image_size: int, *, on_corrupt: str = "raise") -> tuple[Source, np.ndarray, Signatures]:
+    """All images as RGB of image_size x image_size (bilinear, aspect not kept), decoded once, cached by the files' content.
+
+    Args:
+        on_corrupt: "raise", or "skip" images that cannot be decoded; the card then counts them (`corrupt_files`).
+
+    Returns:
+        The source without the images that were skipped; a memory-mapped uint8 array (N, 3, S, S); N signatures.
+
+    Raises:
+        ValueError: files that cannot be decoded, all of them named.
+        OSError: the cache's disk is full; no cache is left.
+    """
+    if on_corrupt not in ("raise", "skip"):
+        raise ValueError(f"on_corrupt must be 'raise' or 'skip' (got {on_corrupt!r})")
+    folder = cache_dir() / f"{source.name}-{image_size}-{_content(source)}"
+    if not folder.exists():
+        needed = len(source.ids) * 3 * image_size**2 / 2**20
+        with built_aside(folder, f"write the image cache, which needs {needed:.0f} MiB,") as aside:
+            broken = _build(source, image_size, aside)
+            if broken and on_corrupt == "raise":
+                raise _corrupt(source, broken)
+    broken = {int(i): reason for i, reason in json.loads((folder / "broken.json").read_text()).items()}
+    if broken and on_corrupt == "raise":
+        raise _corrupt(source, broken)
+    if broken:
+        source = source.take(np.setdiff1d(np.arange(len(source.ids)), list(broken)))
+        source.card["corrupt_files"] = len(broken)
+    with np.load(folder / "signatures.npz") as stored:
+        signatures = Signatures(**stored)
+    shape = (len(signatures), 3, image_size, image_size)
+    return source, np.memmap(folder / "images.uint8", np.uint8, "c", shape=shape), signatures
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright, three channels of 8 bits; 16-bit images are divided by 256 and transparency is dropped.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers, whose range nobody knows.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits ("I;16", or "I" from a PGM), which PIL would clip to 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _corrupt(source: Source, broken: dict[int, str]) -> ValueError:
+    lines = "\n".join(f"{source.ids[i]} ({reason})" for i, reason in broken.items())
+    return ValueError(
+        f"{len(broken)} of {len(source.ids)} images cannot be decoded; replace or remove them, "
+        f"or pass on_corrupt='skip':\n{lines}"
+    )
+
+
+def _content(source: Source) -> str:
+    """A hash of what is in the files, in order: copies in another place share a cache, a changed byte makes another."""
+    total = hashlib.sha256(str(_VERSION).encode())
+    if isinstance(source.images, np.ndarray):
+        total.update(np.ascontiguousarray(source.images))
+    else:
+        with ThreadPoolExecutor() as pool:
+            for digest in pool.map(lambda path: hashlib.sha1(path.read_bytes()).digest(), source.images):
+                total.update(digest)
+    return total.hexdigest()[:16]
+
+
+def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
+    """Fills `folder`; the numbers of the images that cannot be decoded, and why."""
+
+    def one(i: int):
+        image = source.images[i]
+        try:
+            with Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image) as opened:
+                rgb = to_rgb(opened)
+        except Exception as error:  # PIL raises many kinds for a broken file
+            return str(error).replace(f" {str(image)!r}", "")  # the id names it already
+        grey = rgb.convert("L")
+        coarse = np.asarray(grey.resize((17, 16), Image.Resampling.LANCZOS))
+        return (
+            np.asarray(rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1),
+            hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest()[:16],
+            np.packbits(coarse[:, 1:] > coarse[:, :-1]),
+            np.asarray(grey.resize((32, 32), Image.Resampling.BOX)),
+            np.asarray(rgb.resize((8, 8), Image.Resampling.BOX)),
+            rgb.size,
+        )
+
+    broken, signatures = {}, []
+    # Written piece by piece: a memory map that meets a full disk would end the process with SIGBUS, a write says so.
+    with ThreadPoolExecutor() as pool, (folder / "images.uint8").open("wb") as file:
+        for start in range(0, len(source.ids), _CHUNK):
+            numbers = range(start, min(start + _CHUNK, len(source.ids)))
+            for i, answer in zip(numbers, pool.map(one, numbers), strict=True):
+                if isinstance(answer, str):
+                    broken[i] = answer
+                else:
+                    file.write(np.ascontiguousarray(answer[0]))
+                    signatures.append(answer[1:])
+        file.flush()
+        os.fsync(file.fileno())
+    if not signatures:
+        raise _corrupt(source, broken)
+    columns = [np.array(column) for column in zip(*signatures, strict=True)]
+    names = ("hashes", "gradients", "thumbnails", "colours", "sizes")
+    np.savez(folder / "signatures.npz", **dict(zip(names, columns, strict=True)))
+    (folder / "broken.json").write_text(json.dumps(broken))
+    return broken

@@ -1,0 +1,136 @@
+"""Files and folders: where data lie, archives extracted safely, and what is built aside before it is seen."""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+
+
+def cache_dir() -> Path:
+    """Where decoded images and extracted archives are kept: $HDKD_CACHE, else ~/.cache/hdkd_lib."""
+    return Path(os.environ.get("HDKD_CACHE", "~/.cache/hdkd_lib")).expanduser()
+
+
+def unpack(archive: Path) -> Path:
+    """The folder with the archive's files, extracted once into the cache.
+
+    Raises:
+        ValueError: it is damaged, or a file in it would land outside of the folder.
+        OSError: the disk is full.
+    """
+    stat = archive.stat()
+    key = hashlib.sha256(f"{archive.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir() / f"archive-{archive.name.split('.')[0]}-{key}"
+    if not folder.exists():
+        with built_aside(folder, f"extract {archive}") as aside:
+            try:
+                if zipfile.is_zipfile(archive):
+                    with zipfile.ZipFile(archive) as opened:
+                        for member in opened.namelist():
+                            if Path(member).is_absolute() or ".." in Path(member).parts:
+                                raise ValueError(f"{archive} would write outside of its folder ({member}); it is not extracted")
+                        opened.extractall(aside)
+                else:
+                    with tarfile.open(archive) as opened:
+                        opened.extractall(aside, filter="data")
+            except tarfile.FilterError as error:
+                raise ValueError(f"{archive} would write outside of its folder ({error}); it is not extracted") from error
+            except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+                raise ValueError(f"{archive} is damaged ({error}); get it again") from error
+    return folder
+
+
+@contextmanager
+def built_aside(folder: Path, what: str) -> Iterator[Path]:
+    """A folder beside `folder` to fill, which is then renamed: a half-built one is never seen, the first of two builders wins.
+
+    Raises:
+        OSError: the disk is full; nothing is left.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        yield aside
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise OSError(
+            f"cannot {what} in {folder.parent}: {error}; free some space or set HDKD_CACHE to another disk"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVE_SUFFIXES) and path.is_file()
+
+
+def existing(root: Path | None) -> Path:
+    """The folder `root`, extracted if it is an archive."""
+    if root is None:
+        raise FileNotFoundError("no data folder given; pass root= or set the variable HDKD_DATA")
+    if is_archive(root):
+        return unpack(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data folder at {root}; correct root= or the variable HDKD_DATA")
+    return root
+
+
+def images_in(directory: Path) -> tuple[list[Path], int]:
+    """All images below, sorted, and the number of other files; hidden files, which some archives carry, are neither.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise OSError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    files = [Path(d, name) for d, _, names in os.walk(directory, onerror=unreadable) for name in names if name[0] != "."]
+    images = sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
+    return images, len(files) - len(images)
+
+
+def find(root: Path | None, alternatives: list[tuple[str, ...]], dataset: str, obtain: str) -> Path:
+    """`root`, a folder in it (the data set's own name first) or an archive there that holds all names of one alternative."""
+    root = existing(root)
+
+    def holds(place: Path) -> bool:
+        return any(all(any(place.glob(name)) for name in names) for names in alternatives)
+
+    def by_name(paths: list[Path]) -> list[Path]:
+        return sorted(paths, key=lambda path: (not path.name.startswith(dataset), path.name))
+
+    inside = by_name([d for d in root.iterdir() if d.is_dir()])
+    for place in (root, *inside):
+        if holds(place):
+            return place
+    own = [d for d in inside if d.name.startswith(dataset)]
+    for archive in by_name([a for place in (root, *own) for a in place.iterdir() if is_archive(a)]):
+        listing = "\n".join(_members(archive))
+        if any(all(name.strip("*") in listing for name in names) for names in alternatives):
+            return find(unpack(archive), alternatives, dataset, obtain)
+    wanted = " or ".join(" and ".join(names) for names in alternatives)
+    raise FileNotFoundError(f"no {dataset} in {root}: no folder or archive there holds {wanted}; get it from {obtain}")
+
+
+def _members(archive: Path) -> list[str]:
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                return opened.namelist()
+        with tarfile.open(archive) as opened:
+            return opened.getnames()
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{archive} is damaged ({error}); get it again") from error
