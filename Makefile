@@ -31,6 +31,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 notebooks: export TQDM_DISABLE = 1
+notebooks: export OMP_NUM_THREADS = 1
 notebooks: .venv/installed
 	for notebook in notebooks/*.ipynb; do $(BIN)/papermill $$notebook $$notebook -k python3 || exit 1; done
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id \

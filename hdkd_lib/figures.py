@@ -68,6 +68,44 @@ def image_grid(rows: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
+def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, count: int = 8) -> Figure:
+    """The worst `count` pairs of `leakage.Audit.pairs`: two labels first, then two parts, then the least alike.
+
+    Args:
+        ids, images: of the whole set, N names and (N, 3, S, S) uint8.
+    """
+    number = {name: i for i, name in enumerate(ids)}
+    worst = pairs.sort_values(["is_conflict", "is_crossing", "bits"], ascending=False, kind="stable").head(count)
+    figure, axes = _subplots(2, max(1, len(worst)), figsize=(1.5 * max(4, len(worst)), 4), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    if not len(worst):
+        axes[0, 0].text(0, 0.5, "no duplicates found")
+    for column, pair in zip(axes.T, worst.itertuples(), strict=False):
+        for axis, side in zip(column, "ab", strict=True):
+            axis.imshow(images[number[getattr(pair, side)]].permute(1, 2, 0).numpy(), interpolation="nearest")
+            title = f"{getattr(pair, f'part_{side}')}\n{getattr(pair, f'label_{side}')}".strip().replace("_", " ")
+            axis.set_title(title, fontsize=8, color="C3" if pair.is_conflict else "black")
+        place = {"transform": column[1].transAxes, "ha": "center", "va": "top"}
+        column[1].text(0.5, -0.04, f"{pair.kind}, {pair.bits} bits", fontsize=8, **place)
+    return figure
+
+
+def optimism(scores: pd.DataFrame) -> Figure:
+    """Scores of `leakage.optimism` by protocol: every fold, and the mean with its 95 % interval."""
+    names = list(scores.classifier.unique())
+    figure, axes = _subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        own = scores[scores.classifier == name]
+        sns.stripplot(own, x="protocol", y="balanced_accuracy", hue="protocol", alpha=0.5, jitter=False, ax=axis)
+        for x, (_, group) in enumerate(own.groupby("protocol", sort=False)):
+            estimate = interval(group.balanced_accuracy)
+            half = 0 if np.isnan(estimate.half_width) else estimate.half_width
+            axis.errorbar(x + 0.2, estimate.mean, half, fmt="o", color="black", capsize=3, markersize=4)
+        axis.set(title=name, xlabel="", ylabel="balanced accuracy")
+    return figure
+
+
 def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     """Images per class in each part of a split; `parts` holds label tensors."""
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]

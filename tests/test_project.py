@@ -1,6 +1,8 @@
 """The environment files agree and cover every import; README's numbers are those of results/."""
 
 import ast
+import hashlib
+import json
 import re
 import sys
 import tomllib
@@ -8,6 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -71,9 +74,6 @@ def test_published_tables_regenerate_from_the_published_runs_alone(folder, tmp_p
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_the_manifest_names_every_published_file_with_its_hash(folder):
-    import hashlib
-    import json
-
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     present = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json"}
     assert listed == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in present.items()}
@@ -81,3 +81,16 @@ def test_the_manifest_names_every_published_file_with_its_hash(folder):
 
 def test_readme_shows_the_published_table():
     assert (ROOT / "results/published/brain_tumor_nano/tables/summary.md").read_text() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("dataset", "title"), [("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")])
+def test_readme_shows_what_a_leak_is_worth(dataset, title):
+    scores = pd.read_csv(ROOT / "results" / "audits" / dataset / "optimism.csv")
+    mean = 100 * scores[scores.classifier == "nearest neighbour"].groupby("protocol").balanced_accuracy.mean()
+    assert f"| {title} | {mean['random']:.1f} | {mean['grouped']:.1f} |" in (ROOT / "README.md").read_text()
+
+
+def test_readme_counts_the_leaks_of_the_published_split():
+    card = json.loads((ROOT / "results" / "audits" / "brain_tumor" / "card.json").read_text())
+    counts = f"{card['test_images_with_exact_duplicate_in_train']} of {card['test_images']} test images"
+    assert counts in (ROOT / "README.md").read_text()

@@ -7,7 +7,8 @@ from hdkd_lib.recipes import Recipe
 
 
 def test_hdkds_recipes_are_those_of_the_official_code():
-    shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd"}
+    shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "repeats": 1}
+    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0}
     assert asdict(recipes.get("hdkd_teacher")) == {
         **shared,
         **{"optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "schedule": "constant"},
@@ -20,6 +21,14 @@ def test_hdkds_recipes_are_those_of_the_official_code():
     }
 
 
+def test_deits_recipe_is_that_of_its_code():
+    assert asdict(recipes.get("deit")) == {
+        **{"epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine"},
+        **{"min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-6, "augment": "deit", "imbalance": "none"},
+        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "repeats": 3},
+    }
+
+
 def test_a_notebooks_empty_parameters_keep_the_recipes_values():
     assert recipes.get("nano", epochs=0, lr=0.0, augment="") == recipes.NANO
     changed = recipes.get("nano", epochs=3, lr=0.0, augment="none")
@@ -27,7 +36,8 @@ def test_a_notebooks_empty_parameters_keep_the_recipes_values():
 
 
 @pytest.mark.parametrize(
-    ("typed", "answer"), [("hdkd_studnet", "did you mean 'hdkd_student'"), ("x", "known are hdkd_teacher, hdkd_student, nano")]
+    ("typed", "answer"),
+    [("hdkd_studnet", "did you mean 'hdkd_student'"), ("x", "known are hdkd_teacher, hdkd_student, deit, nano")],
 )
 def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
     with pytest.raises(ValueError, match=answer):
@@ -41,7 +51,13 @@ def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
         ({"batch_size": 1}, "batch_size >= 2"),  # batch norm has no variance for one image
         ({"lr": 0.0}, "lr > 0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
-        ({"augment": "mixup"}, "augment must be one of none, hdkd"),
+        ({"augment": "mixup"}, "augment must be one of none, hdkd, deit"),
+        ({"imbalance": "weights"}, "imbalance must be one of none, class_weights, balanced_sampler, smote"),
+        ({"mixup": -0.1}, "mixup and cutmix must be at least 0"),
+        ({"cutmix": -1}, "mixup and cutmix must be at least 0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"label_smoothing in \[0, 1\)"),
+        ({"repeats": 0}, "repeats at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(changes, message):

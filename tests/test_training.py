@@ -3,22 +3,29 @@
 import errno
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from hdkd_lib import runs, training
+from hdkd_lib.data.augment import Augmentation
+from hdkd_lib.data.batches import Files, Part
+from hdkd_lib.data.imbalance import IMBALANCE, class_weights
 from hdkd_lib.methods import Supervised
-from hdkd_lib.recipes import HDKD_STUDENT, HDKD_TEACHER, Recipe
+from hdkd_lib.recipes import DEIT, HDKD_STUDENT, HDKD_TEACHER, Recipe
 from hdkd_lib.training import fit
 
 ON_CPU = {"device": "cpu", "precision": "float32"}
 SHORT = Recipe(epochs=2, batch_size=60, optimizer="adam", lr=1e-3, augment="none")
+MIXED = replace(DEIT, epochs=3, batch_size=16, warmup_epochs=1)
 
 
 @pytest.fixture
@@ -62,6 +69,23 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert run.metrics["best"] == finished_run.metrics["best"]
     assert not list(run.path.glob("*checkpoint*"))
+
+
+def test_a_resumed_run_of_deits_recipe_is_bitwise_too(alone, digits, tmp_path):
+    runs = []
+    for interrupted in (False, True):
+        random.seed(12345 + interrupted)  # erasing
+        np.random.seed(12345 + interrupted)  # noqa: NPY002, mixup
+        path = tmp_path / str(interrupted)
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                fit(failing_after(alone(), 10, KeyboardInterrupt()), digits, MIXED, path, **ON_CPU)
+            random.random()
+        runs.append(fit(alone(), digits, MIXED, path, **ON_CPU))
+    whole, resumed = (load_file(run.path / "last.safetensors") for run in runs)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    whole, resumed = (run.history.drop(columns="seconds") for run in runs)
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
 
 
 def test_without_resume_training_starts_anew(alone, digits, tmp_path):
@@ -273,6 +297,144 @@ def test_weight_decay_spares_biases_and_one_dimensional_weights_but_not_tokens(a
         else:
             assert id(parameter) not in decay
     assert decay[id(task.student.cls_token)] == decay[id(task.student.pos_embed)] == 0.05
+
+
+@pytest.fixture
+def uneven(digits):
+    """The first 40 training images of class 0, and three of each other class."""
+    labels = digits.train.labels
+    kept = [i for c in range(10) for i in (labels == c).nonzero().flatten().tolist()[: 40 if c == 0 else 3]]
+    train = Part(digits.train.images[kept], labels[kept], [digits.train.ids[i] for i in kept], digits.train.groups[kept])
+    return replace(digits, train=train)
+
+
+def watched(task) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the task is called on while it trains: (images, target), filled as it goes on."""
+    forward, seen = task.forward, []
+
+    def watch(images, target):
+        seen.append((images.clone(), target.clone()))
+        return forward(images, target)
+
+    task.forward = watch
+    return seen
+
+
+def labels_in(seen) -> torch.Tensor:
+    return torch.cat([target for _, target in seen])
+
+
+@pytest.mark.parametrize("imbalance", IMBALANCE)
+def test_each_treatment_of_imbalance_trains_as_it_says(imbalance, alone, uneven, tmp_path):
+    task, labels = alone(), uneven.train.labels
+    seen = watched(task)
+    run = fit(task, uneven, replace(SHORT, epochs=1, batch_size=16, imbalance=imbalance), tmp_path, **ON_CPU)
+    assert run.config["recipe"]["imbalance"] == imbalance
+    assert run.history[["train_loss", "train_accuracy"]].notna().all(axis=None)
+    counts = labels_in(seen).bincount(minlength=10)
+    if imbalance == "smote":
+        assert counts.tolist() == [labels.bincount().max()] * 10
+    elif imbalance == "balanced_sampler":
+        assert counts.sum() == len(labels)
+        assert counts[0] < 0.5 * labels.bincount()[0]
+    else:
+        assert counts.tolist() == labels.bincount().tolist()
+    expected = class_weights(labels, 10) if imbalance == "class_weights" else None
+    assert (task.class_weights is None) == (expected is None)
+    assert expected is None or torch.equal(task.class_weights, expected)
+    assert run.metrics["images"]["train"] == len(labels)
+    assert len(pd.read_csv(run.path / "split.csv")) == len(labels) + 120, "images, not synthetic ones"
+
+
+def test_class_weights_change_the_loss_that_is_trained_and_not_the_validations(alone, uneven, tmp_path):
+    recipe = replace(SHORT, epochs=1, batch_size=len(uneven.train), lr=1e-12)
+    plain, weighted = (
+        fit(alone(), uneven, replace(recipe, imbalance=imbalance), tmp_path / imbalance, **ON_CPU).history.iloc[0]
+        for imbalance in ("none", "class_weights")
+    )
+    assert weighted.val_nll == pytest.approx(plain.val_nll, abs=1e-6)
+    assert abs(weighted.train_loss - plain.train_loss) > 1e-3
+    assert weighted.train_accuracy == plain.train_accuracy
+
+
+def test_deits_recipe_mixes_smooths_and_repeats(alone, digits, tmp_path):
+    task = alone()
+    seen = watched(task)
+    run = fit(task, digits, replace(MIXED, epochs=2), tmp_path, **ON_CPU)
+    history = run.history
+    assert history.filter(regex="loss|accuracy|nll").notna().all(axis=None)
+    assert history.train_accuracy.between(0, 1).all()
+    targets = torch.cat([target for _, target in seen])
+    assert targets.shape == (240, 10)
+    assert_close(targets.sum(1), torch.ones(240))
+    assert_close(targets.amin(1), torch.full((240,), 0.01))  # 0.1 over ten classes
+    mixed = (targets > 0.0101).sum(1)
+    assert set(mixed.tolist()) == {1, 2}
+    assert task.label_smoothing == 0.1
+    assert [len(images) for images, _ in seen] == ([16] * 7 + [8]) * 2
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("mixup", 1), ("cutmix", 1), ("mixup", 3)])
+def test_mixup_and_cutmix_mix_an_images_labels_as_they_mix_its_pixels(name, repeats, alone, digits, tmp_path):
+    colours = (torch.arange(10, dtype=torch.uint8) * 25)[digits.train.labels].view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    data, task = replace(digits, train=replace(digits.train, images=colours.contiguous())), alone()
+    seen = watched(task)
+    fit(task, data, replace(SHORT, epochs=1, batch_size=16, repeats=repeats, **{name: 1.0}), tmp_path, **ON_CPU)
+    assert {len(images) for images, _ in seen} == {16, 8}
+    cfg = task.student.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    for images, target in seen:
+        levels = (images * std + mean).mean((1, 2, 3)) * 255
+        assert_close(levels, (target * torch.arange(10) * 25).sum(1), atol=0.01, rtol=0)
+    of_two = torch.cat([(target > 0).sum(1) for _, target in seen])
+    assert (of_two == 2).any()
+
+
+def test_training_accuracy_counts_an_images_own_label(alone, digits, tmp_path):
+    class Oracle(Supervised):
+        def forward(self, images, target):
+            logits = super().forward(images, target)["output"] * 0
+            return {"loss": logits.sum(), "output": logits + torch.eye(10)[self.labels[: len(images)]]}
+
+    task = Oracle(student=alone().student)
+    task.labels = torch.zeros(120, dtype=torch.long)
+    run = fit(task, digits, replace(SHORT, epochs=1, mixup=0.8), tmp_path, **ON_CPU)
+    assert run.history.train_accuracy[0] == pytest.approx((digits.train.labels == 0).float().mean().item())
+
+
+def test_an_odd_batch_loses_an_image_to_mixup_and_its_losses_are_averaged_over_the_rest(alone, digits, tmp_path):
+    task = alone()
+    seen = watched(task)
+    fit(task, digits, replace(SHORT, epochs=1, batch_size=7, mixup=0.8), tmp_path, **ON_CPU)
+    assert [len(images) for images, _ in seen] == [6] * 17
+
+
+def test_image_files_are_cropped_once_and_decoded_images_by_the_augmentation(alone, digits, tmp_path, monkeypatch):
+    for i, image in enumerate(digits.train.images[:].permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    files = replace(digits.train, images=Files([tmp_path / f"{i}.png" for i in range(120)], 16))
+    made, asked = [], []
+
+    class Cropping(Augmentation):
+        crop = True
+
+        def __init__(self):
+            made.append(self)
+
+    take = training.batches
+    monkeypatch.setitem(training.AUGMENTATIONS, "none", Cropping)
+
+    def spy(part, size, **given):
+        asked.append(given.get("crop"))
+        return take(part, size, workers=0, **given)
+
+    monkeypatch.setattr(training, "batches", spy)
+    for name, data in (("files", replace(digits, train=files)), ("decoded", digits)):
+        run = fit(alone(), data, replace(SHORT, epochs=1), tmp_path / name, **ON_CPU)
+        assert run.history.train_loss.notna().all()
+    assert asked[0] is True
+    assert [augment.crop for augment in made] == [False, True]
+    assert Cropping.crop, "the class is not changed"
 
 
 def test_bf16_trains(make_task, digits, recipe, tmp_path):

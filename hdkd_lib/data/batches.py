@@ -99,8 +99,7 @@ class Normalise(nn.Module):
             self.register_buffer(key, torch.tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.augment(images).sub_(self.mean).div_(self.std)
-        return self.augment.finish(images).contiguous(memory_format=torch.channels_last)
+        return self.augment(images, self.mean, self.std)
 
 
 def batches(

@@ -1,9 +1,14 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from hdkd_lib.data import Data, load
+
+REAL_DATA = os.environ.get("HDKD_DATA")  # read here, before a fixture hides it from the tests
 
 
 @pytest.fixture
@@ -19,3 +24,28 @@ def image_folder(tmp_path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """A cache of this test alone."""
+    folder = tmp_path_factory.mktemp("own") / "cache"
+    monkeypatch.setenv("HDKD_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(temporary_folders) -> Callable[[str], Data]:
+    """`real(name)`: a real data set of 32 px, where HDKD_DATA holds it."""
+    loaded = {}
+
+    def real(name: str) -> Data:
+        if not REAL_DATA:
+            pytest.skip("HDKD_DATA is not set")
+        try:
+            loaded[name] = loaded.get(name) or load(name, REAL_DATA, image_size=32)
+        except FileNotFoundError as absent:
+            pytest.skip(str(absent))
+        return loaded[name]
+
+    return real

@@ -1,190 +1,18 @@
-import ctypes
-import errno
-import multiprocessing
-import os
-import sys
+import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.testing import assert_close
 
-from hdkd_lib.data import batches as module
-from hdkd_lib.data.batches import Normalise, Part, batches, decode
-from hdkd_lib.data.sources import Source
-
-RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-GREY16 = RNG.integers(0, 2**16, (8, 8), dtype=np.uint16)
-GREY = COLOURS[..., 0]
-FILES = {  # what is saved, and what it must be decoded to
-    "grey.png": (GREY, GREY[..., None]),
-    "colour.png": (COLOURS, COLOURS),
-    "alpha.png": (np.dstack([COLOURS, GREY]), COLOURS),
-    "palette.png": (Image.fromarray(COLOURS).quantize(256), COLOURS),
-    "binary.png": (GREY > 127, np.where(GREY > 127, 255, 0)[..., None]),
-    "grey16.png": (GREY16, GREY16[..., None] // 256),
-    "grey16.tif": (GREY16, GREY16[..., None] // 256),
-    "grey16.pgm": (GREY16, GREY16[..., None] // 256),
-}
-NO_MOUNT = 77  # exit code
-
-
-def source_of(*images: Path) -> Source:
-    return Source("test", ["a"], list(images), [path.name for path in images], np.zeros(len(images), int))
-
-
-def array_source(count: int) -> Source:
-    return Source("test", ["a"], np.zeros((count, 8, 8), np.uint8), [str(i) for i in range(count)], np.zeros(count, int))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """A cache of this test alone."""
-    monkeypatch.setenv("HDKD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-# --- decoding ---
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_every_kind_of_file_becomes_rgb_of_eight_bits(tmp_path, file):
-    pixels, expected = FILES[file]
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(tmp_path / file)
-    images, _ = decode(source_of(tmp_path / file), 8)
-    assert images.dtype == np.uint8
-    assert np.array_equal(images[0].transpose(1, 2, 0), np.broadcast_to(expected, (8, 8, 3)))
-
-
-def test_a_photograph_taken_on_its_side_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees clockwise to view"
-    Image.fromarray(COLOURS).save(tmp_path / "plain.jpg")
-    Image.fromarray(COLOURS).save(tmp_path / "turned.jpg", exif=exif)
-    plain, turned = decode(source_of(tmp_path / "plain.jpg", tmp_path / "turned.jpg"), 8)[0]
-    assert np.array_equal(turned, np.rot90(plain, k=-1, axes=(1, 2)))
-
-
-def test_a_picture_is_squeezed_and_not_cropped(tmp_path):
-    stripes = np.repeat(COLOURS[0, :4], 8, axis=0)  # four vertical stripes, 8 wide
-    Image.fromarray(np.tile(stripes, (16, 1, 1))).save(tmp_path / "wide.png")
-    images, _ = decode(source_of(tmp_path / "wide.png"), 8)
-    assert images.shape == (1, 3, 8, 8)
-    assert np.array_equal(images[0, :, 3, [0, 7]], COLOURS[0, [0, 3]])
-
-
-def test_equal_pixels_have_equal_hashes_whatever_the_encoding(tmp_path):
-    Image.fromarray(COLOURS).save(tmp_path / "a.png")
-    Image.fromarray(COLOURS).save(tmp_path / "a.bmp")
-    changed = COLOURS.copy()
-    changed[7, 7, 2] ^= 1
-    Image.fromarray(changed).save(tmp_path / "b.png")
-    Image.fromarray(COLOURS.reshape(4, 16, 3)).save(tmp_path / "c.png")  # the same bytes in another shape
-    _, hashes = decode(source_of(*(tmp_path / name for name in ("a.png", "a.bmp", "b.png", "c.png"))), 4)
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-
-
-# --- the cache ---
-
-
-def test_all_broken_files_are_named_at_once_and_nothing_is_cached(tmp_path, cache):
-    good, cut, empty, text = (tmp_path / name for name in ("good.jpg", "cut.jpg", "empty.png", "text.png"))
-    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(good)
-    cut.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
-    empty.touch()
-    text.write_text("no image")
-    with pytest.raises(ValueError, match="3 of 4 images cannot be decoded; replace or remove them") as raised:
-        decode(source_of(good, cut, empty, text), 8)
-    assert all(str(path) in str(raised.value) for path in (cut, empty, text))
-    assert str(good) not in str(raised.value)
-    assert list(cache.iterdir()) == []
-
-
-def test_the_second_call_reads_the_cache(image_folder, cache, monkeypatch):
-    source = source_of(image_folder("a.png") / "a.png")
-    images, hashes = decode(source, 8)
-    monkeypatch.setattr(module, "_build", None)
-    images_again, hashes_again = decode(source, 8)
-    assert np.array_equal(images, images_again)
-    assert hashes == hashes_again
-
-
-def test_another_size_or_a_changed_file_is_decoded_anew(image_folder, cache):
-    path = image_folder("a.bmp") / "a.bmp"
-    before, _ = decode(source_of(path), 8)
-    assert decode(source_of(path), 4)[0].shape == (1, 3, 4, 4)
-    size, time = path.stat().st_size, path.stat().st_mtime_ns
-    image_folder("a.bmp")
-    assert path.stat().st_size == size, "only the time of change tells"
-    os.utime(path, ns=(time + 1, time + 1))
-    after, _ = decode(source_of(path), 8)
-    assert not np.array_equal(before, after)
-    assert np.array_equal(after[0].transpose(1, 2, 0), np.asarray(Image.open(path)))
-
-
-def test_of_two_builders_at_once_both_succeed(image_folder, cache, monkeypatch):
-    source, build, both = source_of(image_folder("a.png") / "a.png"), module._build, threading.Barrier(2, timeout=20)
-
-    def build_together(*arguments):
-        build(*arguments)
-        both.wait()  # neither has renamed its folder yet
-
-    monkeypatch.setattr(module, "_build", build_together)
-    with ThreadPoolExecutor(2) as pool:
-        (first, hashes), (second, hashes_too) = pool.map(lambda _: decode(source, 8), range(2))
-    assert np.array_equal(first, second)
-    assert hashes == hashes_too
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_a_failed_write_leaves_no_cache_and_tells_the_space_it_needs(cache, monkeypatch):
-    def full(source, image_size, folder):
-        (folder / "images.npy").write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module, "_build", full)
-    with pytest.raises(OSError, match=r"cannot write the image cache in .*cache, which needs 3 MiB: .*No space left"):
-        decode(array_source(4), 512)
-    assert list(cache.iterdir()) == []
-
-
-def fill_a_small_disk(folder: Path) -> None:
-    """For a child process, which alone sees the 1 MiB file system that it mounts; exits with 0 if all is as it should be."""
-    libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
-    try:
-        if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
-            sys.exit(NO_MOUNT)
-        for file, line in [("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")]:
-            Path("/proc/self", file).write_text(line)
-    except OSError:
-        sys.exit(NO_MOUNT)
-    if libc.mount(b"none", bytes(folder), b"tmpfs", 0, b"size=1m"):
-        sys.exit(NO_MOUNT)
-    with pytest.raises(OSError, match=r"cannot write the image cache in .*, which needs 5 MiB"):
-        decode(array_source(100), 128)
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small file system by Linux's calls")
-def test_a_disk_that_is_really_full_ends_in_the_same_sentence_and_not_in_a_crash(cache):
-    cache.mkdir()
-    child = multiprocessing.get_context("fork").Process(target=fill_a_small_disk, args=(cache,))
-    child.start()
-    child.join(60)
-    if child.exitcode == NO_MOUNT:
-        pytest.skip("no small file system can be mounted here")
-    assert child.exitcode == 0, "-7 is SIGBUS: a memory map met the full disk"
-
-
-# --- batches ---
+from hdkd_lib.data.augment import Augmentation, DeiT
+from hdkd_lib.data.batches import Files, Normalise, Part, Rows, _ahead, batches
 
 
 def numbered(count: int) -> Part:
@@ -201,6 +29,38 @@ def numbers_in(part: Part, size: int, **options) -> list[int]:
     return [int(i) for images, _ in given for i in images[:, 0, 0, 0]]
 
 
+# --- what holds images ---
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        *(slice(None), slice(1, 4), slice(None, None, 2), 3, -1, [1, 3], np.array([3, 1]), torch.tensor(2)),
+        *(torch.tensor([4, 0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([True, False, True, False, True])),
+    ],
+)
+def test_rows_are_indexed_as_the_tensor_of_these_images(index):
+    store, chosen = torch.arange(9 * 12, dtype=torch.uint8).view(9, 3, 2, 2), np.array([8, 1, 5, 5, 0])
+    rows, tensor = Rows(store, chosen), store[chosen]
+    assert torch.equal(rows[index], tensor[index])
+    assert (len(rows), rows.shape) == (5, tensor.shape)
+
+
+@pytest.mark.parametrize("resident", ["auto", True, False])
+def test_residence_changes_nothing_on_a_cpu(resident):
+    part = numbered(4)
+    assert part.resident(torch.device("cpu"), resident) is part
+
+
+@pytest.mark.parametrize("resident", ["yes", None, 2])
+def test_an_unknown_residence_is_refused(resident):
+    with pytest.raises(ValueError, match=r"resident must be 'auto', True or False \(got"):
+        numbered(4).resident(torch.device("cpu"), resident)
+
+
+# --- order ---
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 16])
 def test_batches_in_order_give_each_image_once(size):
     assert numbers_in(numbered(10), size) == list(range(10))
@@ -210,6 +70,12 @@ def test_batches_in_order_give_each_image_once(size):
 def test_shuffled_batches_give_each_image_once(size):
     numbers = numbers_in(numbered(10), size, shuffle=True)
     assert sorted(numbers) == list(range(10))
+
+
+def test_batches_of_rows_are_those_of_the_tensor():
+    part, store = numbered(10), torch.arange(12, dtype=torch.uint8).flip(0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    rows = Part(Rows(store, np.arange(11, 1, -1)), part.labels, part.ids, part.groups)
+    assert numbers_in(rows, 4) == list(range(10))
 
 
 def test_shuffling_repeats_with_torchs_seed_and_changes_from_epoch_to_epoch():
@@ -227,14 +93,234 @@ def test_a_last_batch_of_one_is_left_out_only_when_shuffling():
     assert numbers_in(numbered(1), 3, shuffle=True) == [0], "a part of one image still has a batch"
 
 
-@pytest.mark.parametrize("augment", [None, nn.Threshold(0.5, 0.25)])
-def test_normalise_scales_then_augments_then_standardises(augment):
-    mean, std = (0.5, 0.25, 0.125), (0.5, 2.0, 0.25)
-    model = SimpleNamespace(pretrained_cfg={"mean": mean, "std": std})
+def test_weights_draw_the_classes_evenly_and_the_images_of_a_class_too():
+    labels = torch.tensor([0] * 10 + [1] * 190)
+    part = Part(torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1), labels, [""] * 200, labels.numpy())
+    torch.manual_seed(0)
+    epochs = [list(batches(part, 16, shuffle=True, weights=1 / labels.bincount().float())) for _ in range(20)]
+    drawn = torch.cat([label for epoch in epochs for _, label in epoch])
+    assert len(drawn) == 20 * 200
+    assert drawn.float().mean() == pytest.approx(0.5, abs=0.03)
+    images = torch.cat([images[:, 0, 0, 0] for epoch in epochs for images, _ in epoch])
+    counts = images.long().bincount(minlength=200).float()
+    assert counts[:10].tolist() == pytest.approx([200] * 10, rel=0.3)
+    assert counts[10:].max() < 30
+
+
+def test_what_is_not_on_the_device_is_read_ahead_in_the_same_order():
+    assert numbers_in(numbered(10), 3, device="cpu:0") == list(range(10))  # "cpu:0" is not "cpu", where the part is
+    assert readers() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_batches_come_on_the_gpu_whether_resident_or_not(device, resident):
+    part = numbered(10).resident(torch.device(device), resident)
+    given = list(batches(part, 3, device=device))
+    assert all(images.is_cuda and labels.is_cuda for images, labels in given)
+    assert torch.cat([labels for _, labels in given]).tolist() == list(range(0, 20, 2))
+
+
+@given(st.integers(2, 60), st.integers(1, 4), st.integers(2, 9))
+def test_each_used_image_comes_as_often_as_repeats_tells_and_the_epoch_is_as_long(count, repeats, size):
+    numbers = numbers_in(numbered(count), size, shuffle=True, repeats=repeats)
+    left_out = 1 if count % size == 1 and count > 1 else 0
+    assert len(numbers) == count - left_out
+    counts = np.bincount(numbers)
+    assert (counts > 0).sum() in (-(-count // repeats), -(-(count - left_out) // repeats))
+    assert ((counts != 0) & (counts != repeats)).sum() <= 1, "the last image, where the epoch ends"
+    assert all(len(set(numbers[i : i + repeats])) == 1 for i in range(0, len(numbers), repeats)), "in one batch or the next"
+
+
+@given(st.integers(2, 40), st.integers(2, 9))
+def test_even_batches_leave_out_one_image_of_an_odd_number(count, size):
+    given = [len(labels) for _, labels in batches(numbered(count), size, shuffle=True, even=True)]
+    assert all(length and length % 2 == 0 for length in given)
+    whole, rest = divmod(count, size)
+    assert sum(given) == whole * (size // 2 * 2) + rest // 2 * 2
+
+
+def test_a_part_too_small_for_an_even_batch_has_none():
+    assert list(batches(numbered(1), 4, shuffle=True, even=True)) == []
+
+
+# --- reading ahead ---
+
+
+def readers() -> int:
+    return sum(thread.name.endswith("(work)") for thread in threading.enumerate())
+
+
+CHUNKS = list(torch.arange(20).split(3))
+
+
+def test_reading_ahead_gives_what_reading_gives():
+    assert list(_ahead(lambda chunk: (chunk.tolist(), 2), CHUNKS)) == [(chunk.tolist(), 2) for chunk in CHUNKS]
+    assert list(_ahead(len, [])) == []
+    assert readers() == 0
+
+
+def test_a_few_results_are_prepared_before_they_are_asked_for_and_no_more():
+    done, begun = [], threading.Event()
+
+    def read(chunk):
+        done.append(chunk)
+        if len(done) == 4:  # one given, two waiting, one in hand
+            begun.set()
+        return chunk
+
+    ahead = _ahead(read, CHUNKS)
+    next(ahead)
+    assert begun.wait(10)
+    assert not threading.Event().wait(0.1)
+    assert len(done) == 4
+    ahead.close()
+
+
+def test_an_exception_of_the_reader_reaches_the_caller_in_its_place():
+    def read(chunk):
+        if 9 in chunk:
+            raise ValueError("image 9 is broken")
+        return chunk
+
+    given = []
+    with pytest.raises(ValueError, match="image 9 is broken"):
+        given.extend(iter_into(given, _ahead(read, CHUNKS)))
+    assert len(given) == 3
+    assert readers() == 0
+
+
+def iter_into(given: list, results):
+    for result in results:
+        given.append(result)
+    return ()
+
+
+@pytest.mark.parametrize("taken", [1, 2, 6])
+def test_no_thread_outlives_a_caller_that_leaves_early(taken):
+    ahead = _ahead(len, CHUNKS)
+    for _ in range(taken):
+        next(ahead)
+    ahead.close()
+    assert readers() == 0
+
+
+# --- image files ---
+
+
+@pytest.fixture
+def files(tmp_path) -> Part:
+    """Seven pictures of noise on one grey level each, wider than high, labelled with their number."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{i}.png" for i in range(7)]
+    for i, path in enumerate(paths):
+        Image.fromarray(rng.integers(30 * i, 30 * i + 30, (40, 60, 3), dtype=np.uint8)).save(path)
+    return Part(Files(paths, 16), torch.arange(7), [path.name for path in paths], np.arange(7))
+
+
+def epoch_of(part: Part, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batches(part, 3, **({"workers": 0} | options)), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_image_files_are_indexed_as_a_tensor(files):
+    whole = files.images[:]
+    assert (len(files.images), files.images.shape) == (7, (7, 3, 16, 16))
+    assert (whole.shape, whole.dtype) == ((7, 3, 16, 16), torch.uint8)
+    assert torch.equal(files.images[2], whole[2])
+    for index in (slice(1, 5, 2), torch.tensor([6, 0]), files.labels > 3):
+        assert torch.equal(files.images[index], whole[index])
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+def test_evaluation_shows_the_centre_of_a_file_its_short_side_eight_sevenths(tmp_path, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    top, left = (shape[0] - 56) // 2, (shape[1] - 56) // 2  # 64 is 8/7 of 56: nothing is resized
+    centre = pixels[top : top + 56, left : left + 56].transpose(2, 0, 1)
+    assert np.array_equal(Files([tmp_path / "a.png"], 56)[0], centre)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_follow_the_files_and_nothing_is_random_without_a_crop(files, workers):
+    images, labels = epoch_of(files, workers=workers)
+    assert torch.equal(images, files.images[:])
+    assert torch.equal(labels, files.labels)
+    torch.manual_seed(0)
+    images, labels = epoch_of(files, shuffle=True, even=True, workers=workers)
+    assert len(labels) == 4
+    assert torch.equal(images, files.images[labels])
+
+
+def test_crops_differ_between_epochs_and_repeat_with_torchs_seed(files):
+    outs = []
+    for seed in (0, None, 0):
+        if seed is not None:
+            torch.manual_seed(seed)
+        random.seed(len(outs))  # the workers' seeds come from torch's
+        outs.append(epoch_of(files, crop=True, workers=2))
+    (first, labels), (second, _), (again, _) = outs
+    assert torch.equal(first, again)
+    assert (first != second).flatten(1).any(1).all()
+    assert (first != files.images[:]).flatten(1).any(1).all()
+    assert torch.equal(first.float().mean((1, 2, 3)).div(30).floor().long(), labels), "each crop is of its own file"
+
+
+def test_a_broken_file_is_named(files):
+    path = files.images.paths[4]
+    path.write_bytes(path.read_bytes()[:2000])
+    for read in (lambda: files.images[4], lambda: epoch_of(files), lambda: epoch_of(files, crop=True)):
+        with pytest.raises(ValueError, match=r"4\.png cannot be decoded \(.*\); replace or remove it"):
+            read()
+
+
+def test_a_file_of_floating_point_pixels_is_named(tmp_path):
+    path = tmp_path / "f.tif"
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(path)
+    with pytest.raises(ValueError, match=r"f\.tif cannot be decoded \(floating-point pixels"):
+        Files([path], 8)[0]
+
+
+def test_files_are_never_resident(files):
+    assert files.resident(torch.device("meta"), True) is files
+
+
+# --- normalisation ---
+
+MEAN, STD = (0.5, 0.25, 0.125), (0.5, 2.0, 0.25)
+MODEL = SimpleNamespace(pretrained_cfg={"mean": MEAN, "std": STD})
+
+
+class Threshold(Augmentation):
+    """Values up to a half become a quarter; at the end all is doubled."""
+
+    def apply(self, images, drawn):
+        return nn.functional.threshold(images / 255, 0.5, 0.25)
+
+    def finish(self, images):
+        return images.mul_(2)
+
+
+@pytest.mark.parametrize("augment", [None, Threshold()])
+def test_normalise_scales_then_augments_then_standardises_then_finishes(augment):
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = Normalise(model, augment)(images)
+    out = Normalise(MODEL, augment)(images)
+    assert out.is_contiguous(memory_format=torch.channels_last)
     for c in range(3):
-        scaled = images[:, c].numpy() / np.float32(255)
+        scaled, factor = images[:, c].numpy() / np.float32(255), 1
         if augment is not None:
-            scaled = np.where(scaled > 0.5, scaled, 0.25)
-        assert out[:, c].numpy() == pytest.approx((scaled - mean[c]) / std[c], abs=1e-6)
+            scaled, factor = np.where(scaled > 0.5, scaled, 0.25), 2
+        assert out[:, c].numpy() == pytest.approx(factor * (scaled - MEAN[c]) / STD[c], abs=1e-6)
+
+
+def test_erasing_comes_after_standardising():
+    images = torch.full((200, 3, 12, 12), 255, dtype=torch.uint8)
+    change = DeiT(layers=0, erasing=1.0)
+    change.crop = False
+    random.seed(0)
+    out = Normalise(MODEL, change)(images)
+    white = ((1 - torch.tensor(MEAN)) / torch.tensor(STD)).view(1, 3, 1, 1)
+    noise = out[(out - white).abs() > 1e-5]
+    assert_close(noise.mean(), torch.tensor(0.0), atol=0.05, rtol=0)
+    assert_close(noise.std(), torch.tensor(1.0), atol=0.05, rtol=0)

@@ -13,12 +13,19 @@ quick = settings(max_examples=25)
 
 @st.composite
 def collections(draw) -> dict:
-    """Three classes of eight separate images each, and more whose pixels and names repeat at will, across classes too."""
+    """Three classes of eight separate images each, and more whose pixels and names repeat at will, across classes too.
+
+    Pixels of two numbers are one picture where the second half of them is near the first.
+    """
     extra = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(24, 32), st.integers(24, 32)), max_size=24))
     rows = [(i % 3, i, i) for i in range(24)] + extra
     labels, pixels, names = (np.array(column) for column in zip(*rows, strict=True))
     parts = np.where(np.arange(len(rows)) % 24 < 15, "train", "test")
-    return {"labels": labels, "hashes": pixels.astype(str), "groups": names.astype(str), "parts": parts}
+    pictures = np.where(pixels > 28, pixels - 4, pixels)
+    return {"labels": labels, "hashes": pixels.astype(str), "pictures": pictures, "groups": names.astype(str), "parts": parts}
+
+
+KEYS = ("hashes", "pictures", "groups")
 
 
 def parted(collection: dict, **options) -> dict[str, np.ndarray]:
@@ -36,9 +43,9 @@ def content(collection: dict, parts: dict[str, np.ndarray]) -> dict[str, Counter
 
 @quick
 @given(collections(), st.integers(0, FOLDS - 1), st.integers(0, 9))
-def test_neither_pixels_nor_a_group_are_in_two_parts(collection, fold, seed):
+def test_neither_a_picture_nor_a_group_is_in_two_parts(collection, fold, seed):
     parts = parted(collection, fold=fold, seed=seed)
-    for key in ("hashes", "groups"):
+    for key in KEYS:
         values = [set(collection[key][i]) for i in parts.values()]
         assert sum(map(len, values)) == len(set.union(*values))
 
@@ -48,8 +55,29 @@ def test_neither_pixels_nor_a_group_are_in_two_parts(collection, fold, seed):
 def test_official_keeps_the_published_test_part_and_carves_validation_by_group(collection):
     parts = parted(collection, protocol="official")
     assert np.array_equal(parts["test"], np.flatnonzero(collection["parts"] == "test"))
-    for key in ("hashes", "groups"):
+    for key in KEYS:
         assert not set(collection[key][parts["train"]]) & set(collection[key][parts["val"]])
+
+
+@quick
+@given(collections(), st.integers(0, 9))
+def test_official_keeps_the_published_validation_part(collection, seed):
+    parts = np.where(np.arange(len(collection["labels"])) % 24 < 18, collection["parts"], "val")
+    split_as_published = parted(collection | {"parts": parts}, protocol="official", seed=seed)
+    for part, index in split_as_published.items():
+        assert np.array_equal(index, np.flatnonzero(parts == part))
+    smaller = parted(collection | {"parts": parts}, protocol="official", seed=seed, fraction=0.5)
+    assert set(smaller["train"]) < set(split_as_published["train"])
+    assert np.array_equal(smaller["val"], split_as_published["val"])
+
+
+@quick
+@given(collections(), st.sampled_from(["grouped", "official"]))
+def test_without_pictures_equal_pixels_are_one(collection, protocol):
+    by_pixels = collection | {"pictures": np.unique(collection["hashes"], return_inverse=True)[1]}
+    explicit, default = (parted(c, protocol=protocol) for c in (by_pixels, collection | {"pictures": None}))
+    for part, index in explicit.items():
+        assert np.array_equal(index, default[part])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -99,6 +127,7 @@ def test_groups_are_the_chains_of_equal_pixels_and_equal_names(collection):
     for _ in range(len(pixels).bit_length()):  # the transitive closure, by squaring
         linked = linked @ linked
     numbers = group_images(pixels, names)
+    assert list(dict.fromkeys(numbers)) == list(range(numbers.max() + 1)), "counted in order of appearance"
     assert np.array_equal(numbers[:, None] == numbers, linked)
 
 
@@ -133,6 +162,16 @@ def test_random_leaks_duplicated_images_and_grouped_does_not():
     assert leaked["grouped"] == 0
 
 
+def test_near_duplicates_stay_together_though_their_pixels_differ():
+    labels, hashes, pictures = np.arange(120) % 2, np.arange(120).astype(str), np.arange(120) % 60
+    crossing = {}
+    for given_pictures in (None, pictures):
+        parts = split(labels, hashes, pictures=given_pictures)
+        crossing[given_pictures is None] = np.isin(pictures[parts["test"]], pictures[parts["train"]]).mean()
+    assert crossing[True] > 0.5
+    assert crossing[False] == 0
+
+
 def test_the_seed_alone_draws_another_split():
     labels, hashes = np.arange(100) % 2, [str(i) for i in range(100)]
     first, again, other = (split(labels, hashes, seed=seed) for seed in (0, 0, 1))
@@ -155,7 +194,15 @@ def test_the_seed_alone_draws_another_split():
             {"groups": [str(min(i, 9)) for i in range(40)]},
             "class 'dog' has 4 separate images .* needs at least 5 of every class",
         ),
+        (
+            {"pictures": np.minimum(np.arange(40), 9)},
+            "class 'dog' has 4 separate images .* needs at least 5 of every class",
+        ),
         ({"protocol": "official", "parts": ["train"] * 30 + ["test"] * 10}, "no image of class 'cat' is in the test part"),
+        (
+            {"protocol": "official", "parts": ["train", "test"] * 15 + ["val"] * 10},
+            "no image of class 'cat' is in the val part",
+        ),
     ],
 )
 def test_a_split_that_cannot_be_made_is_refused_with_its_cause(options, message):

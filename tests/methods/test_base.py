@@ -84,3 +84,53 @@ def test_supervised_training_is_cross_entropy_of_any_network(name, build, batch)
     assert_close(task.predict(batch[0]), result["output"])
     task.set_progress(0.5)
     assert task.progress == 0.5
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0, 1.0, 0.1, 1.5, 1.0, 0.75])
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_takes_class_weights_and_smooths_labels(weights, smoothing, build, batch):
+    task, logits, labels = Supervised(student=build()), torch.randn(8, 10, generator=torch.Generator().manual_seed(0)), batch[1]
+    task.class_weights, task.label_smoothing = weights, smoothing
+    expected = F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    assert_close(task.cross_entropy(logits, labels), expected)
+    if weights is not None and not smoothing:
+        own = F.cross_entropy(logits, labels, reduction="none")
+        assert_close(expected, (own * weights[labels]).sum() / weights[labels].sum())
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_the_cross_entropy_does_not_smooth_probabilities_a_second_time(weights, build):
+    logits, target = (torch.randn(8, 10, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    target = target.softmax(1)
+    task = Supervised(student=build())
+    task.class_weights, task.label_smoothing = weights, 0.1
+    each = 1 if weights is None else weights
+    assert_close(task.cross_entropy(logits, target), -(each * target * logits.log_softmax(1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+@pytest.mark.parametrize("name", ["Supervised", "HDKD"])
+def test_every_method_uses_the_weighted_and_smoothed_cross_entropy(name, is_soft, build, batch):
+    images, target = batch[0], F.one_hot(batch[1], 10).float().mul(0.8).add(0.02) if is_soft else batch[1]
+    if name == "HDKD":
+        teacher = build("hdkd_teacher_nano", seed=7)
+        task = HDKD(student=build(), teacher=teacher, alpha=0.0, stages=()).eval()  # its cross-entropy alone
+    else:
+        task = Supervised(student=build("hdkd_student_nano")).eval()
+    plain = task(images, target)
+    task.class_weights, task.label_smoothing = WEIGHTS, 0.1
+    result = task(images, target)
+    expected = F.cross_entropy(result["output"], target, WEIGHTS, label_smoothing=0.0 if is_soft else 0.1)
+    assert_close(result["loss"], expected)
+    assert (result["loss"] - plain["loss"]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_class_weights_do_not_reach_distillation(kind, build, batch):
+    task = HDKD(student=build(), teacher=build("hdkd_teacher_nano", seed=7), kind=kind, alpha=1.0).eval()
+    before = task(*batch)["loss"]
+    task.class_weights, task.label_smoothing = WEIGHTS, 0.1
+    assert_close(task(*batch)["loss"], before)

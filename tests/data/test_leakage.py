@@ -1,0 +1,327 @@
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hdkd_lib.data.cache import Signatures, decode
+from hdkd_lib.data.leakage import audit, main, near_duplicates, optimism, pictures
+from hdkd_lib.data.sources import Source
+from hdkd_lib.data.splits import FOLDS, split
+
+COLUMNS = ["a", "b", "kind", "bits", "difference", "correlation", "label_a", "label_b", "part_a", "part_b"]
+
+
+def smooth(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """A picture of soft colours between 40 and 215, another for each seed."""
+    noise = np.random.default_rng(seed).integers(40, 216, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)).clip(40, 215))
+
+
+def encoded_again(picture: Image.Image, path: Path) -> None:
+    picture.save(path.with_suffix(".jpg"), quality=60)
+
+
+def resized(picture: Image.Image, path: Path) -> None:
+    picture.resize((61, 47), Image.Resampling.BICUBIC).save(path)
+
+
+def brighter(picture: Image.Image, path: Path) -> None:
+    Image.fromarray(np.asarray(picture) + np.uint8(40)).save(path)
+
+
+def with_more_contrast(picture: Image.Image, path: Path) -> None:
+    Image.fromarray((np.asarray(picture) * 0.6).astype(np.uint8)).save(path)
+
+
+def sign(*images: Image.Image | Path, tmp_path: Path) -> Signatures:
+    paths = []
+    for i, image in enumerate(images):
+        paths.append(image if isinstance(image, Path) else tmp_path / f"written-{i}.png")
+        if not isinstance(image, Path):
+            image.save(paths[-1])
+    return decode(Source("test", ["x"], paths, [str(i) for i in range(len(paths))], np.zeros(len(paths), int)), 8)[2]
+
+
+def random_signatures(count: int, distinct: int | None = None, seed: int = 0) -> Signatures:
+    """Signatures of pictures that have nothing in common, except that only `distinct` of them differ."""
+    rng = np.random.default_rng(seed)
+    chosen = np.arange(count) % (distinct or count)
+    shapes = (32,), (32, 32), (8, 8, 3)
+    gradients, thumbnails, colours = (rng.integers(0, 256, (count, *s), dtype=np.uint8)[chosen] for s in shapes)
+    hashes = np.array([f"{i:016x}" for i in rng.permutation(count)])[chosen]
+    return Signatures(hashes, gradients, thumbnails, colours, np.full((count, 2), 32))
+
+
+# --- what is found ---
+
+
+@pytest.mark.parametrize("change", [encoded_again, resized, brighter, with_more_contrast])
+def test_a_changed_copy_is_a_near_duplicate(tmp_path, cache, change):
+    for i in range(12):
+        change(smooth(i), tmp_path / f"copy-{i:02d}.png")
+    copies = sorted(tmp_path.glob("copy-*"))
+    near = near_duplicates(sign(*map(smooth, range(12)), *copies, tmp_path=tmp_path))
+    assert list(zip(near.a, near.b, strict=True)) == [(i, 12 + i) for i in range(12)]
+    assert ((near.bits <= 16) & (near.difference <= 6) | (near.bits <= 32) & (near.correlation >= 0.99)).all()
+
+
+def test_independent_pictures_are_no_duplicates(tmp_path, cache):
+    found = audit(sign(*map(smooth, range(60)), tmp_path=tmp_path), [str(i) for i in range(60)], np.zeros(60, int), ["x"])
+    assert found.pairs.empty
+    assert len(set(found.pictures)) == 60
+    assert found.summary == {
+        "images": 60, "exact_copies": 0, "near_duplicate_pairs": 0, "pictures": 60, "pictures_with_two_labels": 0,
+    }  # fmt: skip
+
+
+def test_a_mirrored_or_turned_copy_is_not_found(tmp_path, cache):
+    copies = smooth(0), smooth(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT), smooth(0).rotate(180)
+    assert near_duplicates(sign(*copies, tmp_path=tmp_path)).empty
+
+
+def test_alike_in_shape_alone_or_in_colour_alone_is_not_enough():
+    signatures = random_signatures(6)
+    signatures.gradients[[1, 3, 5]] = signatures.gradients[[0, 2, 4]]
+    signatures.colours[3] = signatures.colours[2]
+    signatures.colours[5] = signatures.colours[4] ^ 8  # each channel is 8 from the other
+    assert near_duplicates(signatures)[["a", "b"]].to_numpy().tolist() == [[2, 3]]
+    signatures.gradients[3, :3] ^= 0b11111  # 15 bits
+    assert near_duplicates(signatures).bits.tolist() == [15]
+    signatures.gradients[3, 3] ^= 0b11
+    assert near_duplicates(signatures).empty
+    signatures.thumbnails[3] = signatures.thumbnails[2] // 2 + 20  # another light
+    assert near_duplicates(signatures)[["a", "b", "bits"]].to_numpy().tolist() == [[2, 3, 17]]
+    signatures.gradients[3, 4:6] = ~signatures.gradients[2, 4:6]
+    assert near_duplicates(signatures).empty, "33 bits differ"
+
+
+def test_every_block_is_compared_with_every_other(monkeypatch):
+    signatures = random_signatures(50)
+    for a, b in ((0, 49), (6, 7), (20, 22), (13, 14)):
+        signatures.gradients[b], signatures.colours[b] = signatures.gradients[a], signatures.colours[a]
+    whole = near_duplicates(signatures)
+    assert whole[["a", "b"]].to_numpy().tolist() == [[0, 49], [6, 7], [13, 14], [20, 22]]
+    monkeypatch.setattr("hdkd_lib.data.leakage._BLOCK", 7)
+    pd.testing.assert_frame_equal(near_duplicates(signatures), whole)
+
+
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=24), st.data())
+def test_pictures_are_the_chains_of_equal_and_near_images(numbers, data):
+    hashes = np.array([f"h{i}" for i in numbers])
+    image = st.integers(0, len(hashes) - 1)
+    near = pd.DataFrame(data.draw(st.lists(st.tuples(image, image), max_size=8)), columns=["a", "b"], dtype=int)
+    linked = hashes[:, None] == hashes
+    linked[near.a, near.b] = linked[near.b, near.a] = True
+    for _ in range(6):  # the transitive closure, by squaring
+        linked = linked @ linked
+    found = pictures(Signatures(hashes, *[None] * 4), near)
+    assert np.array_equal(found[:, None] == found, linked)
+
+
+# --- what is counted ---
+
+
+@pytest.fixture
+def planted(tmp_path, cache) -> tuple[Signatures, dict]:
+    """Pictures 0 to 5. Picture 0 is in train twice, in test (of another class) and in val, encoded again; 1 in test and val."""
+    rows = [
+        ("test/0", smooth(0), 1, "test"), ("train/0", smooth(0), 0, "train"), ("train/0 again", smooth(0), 0, "train"),
+        ("val/0 near", None, 0, "val"), ("test/1", smooth(1), 1, "test"), ("val/1", smooth(1), 1, "val"),
+        ("train/2", smooth(2), 0, "train"), ("train/3", smooth(3), 1, "train"), ("val/4", smooth(4), 0, "val"),
+        ("test/5", smooth(5), 1, "test"),
+    ]  # fmt: skip
+    encoded_again(smooth(0), tmp_path / "near")
+    ids, images, labels, parts = (list(column) for column in zip(*rows, strict=True))
+    images[3] = tmp_path / "near.jpg"
+    arguments = {"ids": ids, "labels": np.array(labels), "classes": ["cat", "dog"], "parts": parts}
+    return sign(*images, tmp_path=tmp_path), arguments
+
+
+def test_pairs_show_first_where_a_test_image_was_seen(planted):
+    pairs = audit(planted[0], **planted[1]).pairs
+    assert pairs.columns.tolist() == [*COLUMNS, "is_conflict", "is_crossing"]
+    found = pairs.set_index(["a", "b"])
+    assert sorted(found.index) == [
+        ("train/0", "test/0"), ("train/0", "train/0 again"), ("train/0", "val/0 near"), ("val/1", "test/1"),
+    ]  # fmt: skip
+    leak = found.loc[("train/0", "test/0")]
+    assert leak[["kind", "bits", "difference", "correlation"]].tolist() == ["exact", 0, 0, 1]
+    assert leak[["label_a", "label_b", "part_a", "part_b"]].tolist() == ["cat", "dog", "train", "test"]
+    assert (leak.is_conflict, leak.is_crossing) == (True, True)
+    assert found.loc[("train/0", "val/0 near"), "kind"] == "near"
+    assert not found.loc[("train/0", "train/0 again"), ["is_conflict", "is_crossing"]].any()
+    assert found.loc[("val/1", "test/1"), ["is_conflict", "is_crossing"]].tolist() == [False, True]
+
+
+def test_the_summary_counts_images_and_pictures(planted):
+    found = audit(planted[0], **planted[1])
+    assert found.summary == {
+        "images": 10,
+        "exact_copies": 3,
+        "near_duplicate_pairs": 1,
+        "pictures": 6,
+        "pictures_with_two_labels": 1,
+        "val_images": 3,
+        "val_images_with_exact_duplicate_in_train": 0,
+        "val_images_with_exact_or_near_duplicate_in_train": 1,
+        "test_images": 3,
+        "test_images_with_exact_duplicate_in_train": 1,
+        "test_images_with_exact_or_near_duplicate_in_train": 1,
+        "test_images_with_exact_duplicate_in_val": 1,
+        "test_images_with_exact_or_near_duplicate_in_val": 2,
+    }
+    assert len(set(found.pictures[[0, 1, 2, 3]])) == len(set(found.pictures[[4, 5]])) == 1
+    without = audit(planted[0], **planted[1] | {"parts": None})
+    assert without.summary == dict(list(found.summary.items())[:5])
+    assert not without.pairs.is_crossing.any()
+    assert np.array_equal(without.pictures, found.pictures)
+
+
+def test_a_chain_of_near_duplicates_is_one_picture():
+    signatures = random_signatures(5)
+    for a, b in pairwise(range(4)):  # each is 12 bits from the one before
+        signatures.gradients[b], signatures.colours[b] = signatures.gradients[a], signatures.colours[a]
+        signatures.gradients[b, 2 * a : 2 * a + 2] ^= 0b111111
+    found = audit(signatures, list("abcde"), np.zeros(5, int), ["x"])
+    assert found.pairs[["a", "b", "bits"]].to_numpy().tolist() == [["a", "b", 12], ["b", "c", 12], ["c", "d", 12]]
+    assert len(set(found.pictures[:4])) == 1
+    assert found.summary["pictures"] == 2
+
+
+def test_three_thousand_images_are_audited_in_seconds():
+    signatures, start = random_signatures(3000, distinct=2900), time.perf_counter()
+    found = audit(signatures, [str(i) for i in range(3000)], np.zeros(3000, int), ["x"])
+    assert time.perf_counter() - start < 10
+    assert (found.summary["exact_copies"], found.summary["near_duplicate_pairs"]) == (100, 0)
+    assert found.summary["pictures"] == 2900
+
+
+# --- what it is worth ---
+
+
+def test_duplicates_alone_lift_a_random_split_and_without_them_there_is_no_difference():
+    for distinct in (90, 360):
+        signatures = random_signatures(360, distinct)
+        labels = np.random.default_rng(1).integers(0, 2, distinct)[np.arange(360) % distinct]  # nothing to be learned
+        splits = {p: [split(labels, signatures.hashes, protocol=p, fold=f) for f in range(3)] for p in ("random", "grouped")}
+        scores = optimism(signatures, labels, splits)
+        assert len(scores) == 2 * 3 * 2
+        assert sorted(scores.fold.unique()) == [0, 1, 2]
+        mean = scores.pivot_table("balanced_accuracy", "classifier", "protocol")
+        if distinct == 360:
+            assert (mean.random == mean.grouped).all()
+        else:
+            assert mean.random["nearest neighbour"] > 0.95
+            assert (mean.grouped < 0.65).all()
+            assert mean.random["logistic regression"] > mean.grouped["logistic regression"] + 0.1
+
+
+def test_optimism_measures_the_test_part_by_all_that_is_not_test():
+    signatures = random_signatures(6, distinct=3)
+    labels = np.array([0, 1, 0, 0, 1, 0])
+    fold = {"train": np.array([0]), "val": np.array([1]), "test": np.array([3, 4])}
+    scores = optimism(signatures, labels, {"p": [fold]}).set_index("classifier").balanced_accuracy
+    assert scores["nearest neighbour"] == 1, "one twin is in train, the other in val"
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def leaky(image_folder) -> Path:
+    return image_folder(*(f"data/{part}/{c}/{i}.png" for part in ("train", "test") for c in "ab" for i in range(3)))
+
+
+def test_the_command_line_counts_pictures_that_cross_the_parts(leaky, cache, capsys):
+    out = leaky / "pairs.csv"
+    assert main([str(leaky / "data"), "--out", str(out)]) == 0
+    assert pd.read_csv(out).empty
+    (leaky / "data/test/b/0.png").write_bytes((leaky / "data/train/b/1.png").read_bytes())
+    (leaky / "data/test/b/bad.png").write_text("no image")
+    capsys.readouterr()
+    assert main([str(leaky / "data"), "--out", str(out)]) == 1
+    printed = capsys.readouterr().out.split("\n")
+    for line in ("images: 12", "exact copies: 1", "test images with exact duplicate in train: 1", "corrupt files: 1"):
+        assert line in printed
+    assert f"1 pairs in {out}" in printed
+    pairs = pd.read_csv(out)
+    assert pairs[["a", "b", "kind", "is_crossing"]].to_numpy().tolist() == [["train/b/1.png", "test/b/0.png", "exact", True]]
+
+
+def test_the_command_line_finds_nothing_crossing_within_one_part(leaky, cache):
+    (leaky / "data/train/a/0.png").write_bytes((leaky / "data/train/b/1.png").read_bytes())
+    assert main([str(leaky / "data"), "--out", str(leaky / "pairs.csv")]) == 0
+    assert pd.read_csv(leaky / "pairs.csv").is_conflict.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["data/nowhere"], "no data folder at"), (["data", "--dataset", "ham1000"], "did you mean 'ham10000'?"),
+     (["data", "--out", "no/such/folder.csv"], "no/such")],
+)  # fmt: skip
+def test_what_the_command_line_cannot_read_is_said_in_a_sentence(leaky, cache, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(leaky)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+# --- the real data sets, where HDKD_DATA holds them ---
+
+
+def pixel_hashes(paths: list[Path]) -> np.ndarray:
+    """By PIL alone."""
+
+    def one(path: Path) -> str:
+        image = Image.open(path).convert("RGB")
+        return hashlib.sha1(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return np.array(list(pool.map(one, paths)))
+
+
+@pytest.mark.parametrize("name", ["brain_tumor", "ham10000"])
+def test_no_picture_and_no_lesion_crosses_a_fold_of_real_data(real, name):
+    data = real(name)
+    values = [pixel_hashes(data.source.images), data.audit.pictures]
+    values += [np.array(data.source.groups)] if data.source.groups else []
+    tested = []
+    for fold in range(FOLDS):
+        parts = data.split("grouped", fold)
+        tested.extend(parts["test"])
+        for value in values:
+            sides = [set(value[index]) for index in parts.values()]
+            assert sum(map(len, sides)) == len(set.union(*sides))
+    assert sorted(tested) == list(range(len(data.source.ids)))
+
+
+def test_the_brain_tumour_sets_published_test_images_were_mostly_seen_in_training(real):
+    data = real("brain_tumor")
+    published, summary = np.array(data.source.parts), data.audit.summary
+    hashes = pixel_hashes(data.source.images)
+    seen = np.isin(hashes[published == "test"], hashes[published == "train"]).sum()
+    assert summary["test_images_with_exact_duplicate_in_train"] == seen == 251
+    assert summary["test_images"] == 394
+    assert summary["test_images_with_exact_or_near_duplicate_in_train"] >= 259
+    assert summary["pictures_with_two_labels"] >= 2
+    pairs = data.audit.pairs
+    assert {"Testing/glioma_tumor/image(2).jpg", "Testing/glioma_tumor/image(48).jpg"} <= set(pairs[pairs.is_conflict].b)
+
+
+def test_one_picture_of_ham10000_under_two_lesions_ends_in_one_group(real):
+    data = real("ham10000")
+    twins = [data.source.ids.index(i) for i in ("ISIC_0025226", "ISIC_0030074")]
+    assert data.source.groups[twins[0]] != data.source.groups[twins[1]]
+    pairs = data.audit.pairs
+    assert ((pairs.a == "ISIC_0025226") & (pairs.b == "ISIC_0030074")).sum() == 1
+    assert data.audit.pictures[twins[0]] == data.audit.pictures[twins[1]]
+    assert data.card["groups"] < 7470

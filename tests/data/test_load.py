@@ -1,0 +1,207 @@
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hdkd_lib import data as module
+from hdkd_lib.data import load
+from hdkd_lib.data.batches import Files, Rows
+from hdkd_lib.data.sources import open_source
+
+PARTS = ("train", "val", "test")
+
+
+def parts_of(data) -> dict:
+    return {name: getattr(data, name) for name in PARTS}
+
+
+def pictures(part) -> Counter:
+    return Counter(image.numpy().tobytes() for image in part.images[:])
+
+
+@pytest.fixture
+def published(image_folder) -> Path:
+    """Ten images of two classes in train, six in val and in test."""
+    counts = {"train": 10, "val": 6, "test": 6}
+    return image_folder(*(f"set/{part}/{c}/{i}.png" for part in counts for c in "ab" for i in range(counts[part]))) / "set"
+
+
+def test_load_keeps_image_label_and_id_together():
+    data, source = load("digits", image_size=8), open_source("digits")
+    assert sorted(i for part in parts_of(data).values() for i in part.ids) == source.ids
+    for part in parts_of(data).values():
+        index = [source.ids.index(i) for i in part.ids]
+        assert np.array_equal(part.images[:].numpy(), np.repeat(source.images[index][:, None], 3, axis=1))
+        assert np.array_equal(part.labels.numpy(), source.labels[index])
+        assert part.labels.dtype == torch.int64
+        assert len(part) == len(part.groups) == len(part.images)
+
+
+def test_renamed_files_in_another_place_are_the_same_data(image_folder):
+    root = image_folder(*(f"here/{c}/{i}.png" for c in "ab" for i in range(12)))
+    for file in sorted((root / "here").rglob("*.png")):
+        (root / "there" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / "there" / file.parent.name / f"{99 - int(file.stem)}.png")
+    here, there = (load("folder", root / place, image_size=8) for place in ("here", "there"))
+    assert here.config == there.config
+    for name, part in parts_of(here).items():
+        assert pictures(part) == pictures(parts_of(there)[name])
+    (root / "there" / "a" / "99.png").rename(root / "there" / "b" / "9.png")
+    assert load("folder", root / "there", image_size=8).config["content"] != here.config["content"], "a label changed"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"image_size": 4}, {"protocol": "random"}, {"fold": 1}, {"fraction": 0.5}, {"split_seed": 1}],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_determines_the_split_is_in_the_configuration(published, changed):
+    options = {"image_size": 8, "protocol": "grouped", "fold": 0, "fraction": 1.0, "split_seed": 0}
+    plain, other = load("folder", published, **options), load("folder", published, **options | changed)
+    assert {key: plain.config[key] for key in options} == options
+    assert plain.config["content"] == other.config["content"]
+    assert {key for key in plain.config if plain.config[key] != other.config[key]} == changed.keys()
+
+
+def test_the_card_counts_what_leaks(image_folder):
+    root = image_folder(*(f"{part}/{c}/{i}.png" for part in ("train", "test") for c in "ab" for i in range(10)))
+    for i in range(4):
+        shutil.copy(root / f"train/a/{i}.png", root / f"test/a/{i}.png")
+    for copy in ("test/b/8.png", "test/b/9.png"):
+        shutil.copy(root / "train/a/0.png", root / copy)
+    (root / "train" / "a" / "notes.txt").write_text("no image")
+    grouped, official, by_image = (load("folder", root, image_size=8, protocol=p) for p in ("grouped", "official", "random"))
+    expected = {
+        "images": 40,
+        "classes": {"a": 20, "b": 20},
+        "exact_copies": 6,
+        "near_duplicate_pairs": 0,
+        "pictures": 34,
+        "pictures_with_two_labels": 1,
+        "groups": 34,
+        "test_images": 20,
+        "test_images_with_exact_duplicate_in_train": 6,
+        "test_images_with_exact_or_near_duplicate_in_train": 6,
+        "ignored_files": 1,
+        "licence": "not known",
+    }
+    for data in (grouped, official, by_image):
+        assert expected.items() <= data.card.items()
+        leaked = sum(pictures(data.test)[picture] for picture in pictures(data.train))
+        assert data.card["test_images_in_train"] == leaked
+    assert grouped.card["test_images_in_train"] == 0 < official.card["test_images_in_train"]
+    assert (grouped.card["protocol"], official.card["protocol"]) == ("grouped", "official")
+    assert official.test.ids == [f"test/{c}/{i}.png" for c in "ab" for i in range(10)]
+
+
+def test_a_split_by_another_protocol_is_the_one_that_load_would_make(published):
+    data = load("folder", published, image_size=8, split_seed=3)
+    for protocol, fold in (("grouped", 0), ("grouped", 2), ("random", 1), ("official", 0)):
+        other = load("folder", published, image_size=8, protocol=protocol, fold=fold, split_seed=3)
+        index = data.split(protocol, fold)
+        assert {part: [data.source.ids[i] for i in index[part]] for part in PARTS} == {
+            part: getattr(other, part).ids for part in PARTS
+        }
+
+
+def test_broken_images_are_skipped_and_counted_where_that_is_asked_for(published):
+    whole = load("folder", published, image_size=8, protocol="official")
+    (published / "train" / "a" / "3.png").write_text("no image")
+    (published / "test" / "b" / "0.png").write_text("no image")
+    with pytest.raises(
+        ValueError, match=r"2 of 44 images cannot be decoded.*on_corrupt='skip':\ntrain/a/3.png .*\ntest/b/0.png"
+    ):
+        load("folder", published, image_size=8)
+    data = load("folder", published, image_size=8, protocol="official", on_corrupt="skip")
+    assert (data.card["corrupt_files"], data.card["images"], data.card["test_images"]) == (2, 42, 11)
+    assert data.card["classes"] == {"a": 21, "b": 21}
+    assert data.config["content"] != whole.config["content"]
+    assert "corrupt_files" not in whole.card
+    for name, part in parts_of(data).items():
+        before = parts_of(whole)[name]
+        kept = [before.ids.index(i) for i in part.ids]
+        assert len(kept) == len(before) - {"train": 1, "val": 0, "test": 1}[name]
+        assert torch.equal(part.images[:], before.images[kept])
+        assert torch.equal(part.labels, before.labels[kept])
+
+
+# --- read from files ---
+
+
+def test_images_read_from_files_are_those_of_the_published_split(published):
+    cached = load("folder", published, image_size=8, protocol="official", fraction=0.5)
+    files = load("folder", published, image_size=8, protocol="official", from_files=True)
+    assert files.signatures is files.audit is None
+    assert files.card["audit"] == "none: images are read from files"
+    assert files.card["images"] == 44
+    assert (cached.config["from_files"], files.config["from_files"]) == (False, True)
+    whole = load("folder", published, image_size=8, protocol="official")
+    for name, part in parts_of(files).items():
+        expected = parts_of(whole)[name]
+        assert isinstance(part.images, Files)
+        assert isinstance(expected.images, Rows)
+        assert part.ids == expected.ids
+        assert torch.equal(part.labels, expected.labels)
+        assert [path.relative_to(published).as_posix() for path in part.images.paths] == part.ids
+        assert part.images[:].shape == expected.images.shape
+    assert len(cached.train) == 10
+
+
+def test_labels_or_names_that_change_change_the_content_of_a_set_that_is_read_from_files(published):
+    options = {"image_size": 8, "protocol": "official", "from_files": True}
+    before = load("folder", published, **options).config["content"]
+    assert load("folder", published, **options).config["content"] == before
+    (published / "train" / "a" / "0.png").rename(published / "train" / "b" / "99.png")
+    assert load("folder", published, **options).config["content"] != before
+
+
+@pytest.mark.parametrize("protocol", ["grouped", "random"])
+def test_a_set_read_from_files_has_no_split_but_the_published_one(published, protocol):
+    with pytest.raises(ValueError, match="folder at 8 px would be read from files, without an audit: pass protocol='official'"):
+        load("folder", published, image_size=8, protocol=protocol, from_files=True)
+
+
+def test_arrays_are_not_read_from_files():
+    with pytest.raises(ValueError, match="digits has no image files; pass from_files=False"):
+        load("digits", image_size=8, protocol="official", from_files=True)
+
+
+def test_a_set_that_is_too_large_to_be_decoded_once_is_read_from_files(published, monkeypatch):
+    monkeypatch.setattr(module, "CACHE_LIMIT", 44 * 3 * 8 * 8)
+    assert not load("folder", published, image_size=8, protocol="official").config["from_files"]
+    assert load("folder", published, image_size=9, protocol="official").config["from_files"]
+    assert not load("folder", published, image_size=9, protocol="official", from_files=False).config["from_files"]
+    with pytest.raises(ValueError, match="pass protocol='official'"):
+        load("folder", published, image_size=9)
+
+
+# --- the real data sets, where HDKD_DATA holds them ---
+
+
+def test_brain_tumor_leaks_by_its_published_split_and_not_by_the_default_one(real):
+    data = real("brain_tumor")
+    counts = {"images": 3264, "exact_copies": 394, "test_images": 394, "test_images_with_exact_duplicate_in_train": 251}
+    assert counts.items() <= data.card.items()
+    assert data.card["classes"] == {"glioma_tumor": 926, "meningioma_tumor": 937, "no_tumor": 500, "pituitary_tumor": 901}
+    assert data.card["test_images_in_train"] == 0
+    assert not pictures(data.test).keys() & (pictures(data.train) + pictures(data.val)).keys()
+
+
+def test_no_lesion_of_ham10000_crosses_the_parts(real):
+    data = real("ham10000")
+    assert len(set(data.source.groups)) == 7470
+    lesion = dict(zip(data.source.ids, data.source.groups, strict=True))
+    parts = [{lesion[i] for i in part.ids} for part in parts_of(data).values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 7470
+    assert data.card["classes"]["nv"] == 6705
+    assert data.card["images_without_row"] == 0
+
+
+def test_imagenette_has_a_published_split_of_ten_named_classes(real):
+    data = real("imagenette")
+    assert len(data.classes) == 10
+    assert {"tench", "parachute"} <= set(data.classes)
+    assert set(data.source.parts) == {"train", "test"}
