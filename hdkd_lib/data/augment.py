@@ -116,7 +116,8 @@ class DeiT(Augmentation):
         (width, height), (x, y) = crop["size"].view(-1, 2).T, crop["centre"].view(-1, 2).T
         mirror = 1 - 2 * crop["flip"].view(-1)
         if self.crop:
-            out = _warp(images.float().div_(255), (width * mirror, 0.0, x), (0.0, height, y), "bicubic").clamp_(0, 1)
+            sampling = {"mode": "bicubic", "padding_mode": "border"}
+            out = _warp(images.float().div_(255), (width * mirror, 0.0, x), (0.0, height, y), **sampling).clamp_(0, 1)
         else:
             out = torch.where(crop["flip"] > 0, images.flip(3), images).float().div_(255)
         for layer in range(self.layers):
@@ -209,19 +210,19 @@ def _rotate_and_flip(images: Tensor, angle: Tensor, flip_x: Tensor, flip_y: Tens
     return F.pad(images, (1, 1, 1, 1)).flatten(2).gather(2, index).view_as(images)
 
 
-def _warp(x: Tensor, row_x: tuple, row_y: tuple, mode: str) -> Tensor:
+def _warp(x: Tensor, row_x: tuple, row_y: tuple, **sampling: str) -> Tensor:
     """Samples x at (row_x, row_y) . (column, row, 1) in coordinates from -1 to 1; each entry a number or B of them."""
     zero = x.new_zeros(len(x))
     theta = torch.stack(
         [torch.stack([zero + (v.flatten() if isinstance(v, Tensor) else v) for v in r], 1) for r in (row_x, row_y)], 1
     )
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), mode=mode, align_corners=False)
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False, **sampling)
 
 
 def _move(x: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
     """`_warp`, bilinear, with ImageNet's mean outside."""
     fill = torch.cat([torch.full_like(x[:1, :1, :1, :1], value) for value in IMAGENET_MEAN], 1)
-    return _warp(x - fill, row_x, row_y, "bilinear") + fill
+    return _warp(x - fill, row_x, row_y) + fill
 
 
 def _turn(x: Tensor, radians: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Files:
         try:
             with Image.open(self.paths[i]) as image:
                 pixels = (self._training if crop else self._evaluation)(to_rgb(image))
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
             raise ValueError(f"{self.paths[i]} cannot be decoded ({error}); replace or remove it") from error
         return torch.as_tensor(pixels)
 
@@ -145,7 +145,7 @@ def batches(
             num_workers=workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
     elif part.labels.device == device:
-        chunks = torch.cat(chunks).to(device).split([len(chunk) for chunk in chunks])  # one copy an epoch
+        chunks = torch.cat([order[:0], *chunks]).to(device).split([len(chunk) for chunk in chunks])  # one copy an epoch
         read = ((part.images[chunk], part.labels[chunk]) for chunk in chunks)
     else:
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous

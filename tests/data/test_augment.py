@@ -282,6 +282,13 @@ def test_crops_have_deits_areas_and_aspect_ratios_and_lie_within_the_image():
     assert area.mean() == pytest.approx(torchvisions, abs=0.02), "less than 0.54: large boxes seldom fit"
 
 
+def test_where_no_box_fits_the_crop_is_the_whole_image(monkeypatch):
+    monkeypatch.setattr(augment, "_uniform", lambda shape, low, high: torch.full(torch.Size(shape), float(high)))
+    drawn = DeiT().draw(3)  # all of the area, at 4/3
+    assert torch.equal(drawn["size"], torch.ones(3, 2))
+    assert torch.equal(drawn["centre"], torch.zeros(3, 2))
+
+
 def test_deit_draws_operations_levels_and_signs_as_rand_m9_mstd05():
     drawn = seeded(DeiT().draw, 4000)
     operation, level, sign = drawn["operation"], drawn["level"], drawn["sign"]
