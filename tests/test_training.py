@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,15 +391,31 @@ def test_mixup_and_cutmix_mix_an_images_labels_as_they_mix_its_pixels(name, repe
     assert (of_two == 2).any()
 
 
-def test_training_accuracy_counts_an_images_own_label(alone, digits, tmp_path):
-    class Oracle(Supervised):
-        def forward(self, images, target):
-            logits = super().forward(images, target)["output"] * 0
-            return {"loss": logits.sum(), "output": logits + torch.eye(10)[self.labels[: len(images)]]}
+def test_a_third_of_the_images_comes_three_times_in_an_epoch(alone, digits, tmp_path):
+    task = alone()
+    seen = watched(task)
+    fit(task, digits, replace(SHORT, epochs=1, repeats=3), tmp_path, **ON_CPU)
+    counts = Counter(image.numpy().tobytes() for images, _ in seen for image in images)
+    assert sorted(counts.values()) == [3] * 40
 
-    task = Oracle(student=alone().student)
-    task.labels = torch.zeros(120, dtype=torch.long)
-    run = fit(task, digits, replace(SHORT, epochs=1, mixup=0.8), tmp_path, **ON_CPU)
+
+def test_training_accuracy_counts_each_images_own_label(alone, digits, tmp_path):
+    class Knowing(Supervised):
+        def forward(self, images, target):
+            loss = super().forward(images, target)["loss"]
+            return {"loss": loss, "output": torch.eye(10)[target]}
+
+    run = fit(Knowing(student=alone().student), digits, replace(SHORT, epochs=1), tmp_path, **ON_CPU)
+    assert run.history.train_accuracy[0] == 1
+
+
+def test_training_accuracy_counts_the_label_from_before_mixup(alone, digits, tmp_path):
+    class Zero(Supervised):
+        def forward(self, images, target):
+            loss = super().forward(images, target)["loss"]
+            return {"loss": loss, "output": torch.eye(10)[[0] * len(images)]}
+
+    run = fit(Zero(student=alone().student), digits, replace(SHORT, epochs=1, mixup=0.8), tmp_path, **ON_CPU)
     assert run.history.train_accuracy[0] == pytest.approx((digits.train.labels == 0).float().mean().item())
 
 

@@ -228,7 +228,7 @@ def _move(x: Tensor, row_x: tuple, row_y: tuple) -> Tensor:
 def _turn(x: Tensor, radians: Tensor) -> Tensor:
     aspect = x.shape[2] / x.shape[3]
     cos, sin = radians.cos(), radians.sin()
-    return _move(x, (cos, sin * aspect, 0.0), (-sin / aspect, cos, 0.0))
+    return _move(x, (cos, -sin * aspect, 0.0), (sin / aspect, cos, 0.0))
 
 
 def _posterize(x: Tensor, bits: Tensor) -> Tensor:

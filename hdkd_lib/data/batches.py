@@ -138,7 +138,7 @@ def batches(
     if even:
         chunks = [chunk[: len(chunk) // 2 * 2] for chunk in chunks if len(chunk) > 1]
 
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", say, as tensors there have it
     if isinstance(part.images, Files):
         read = DataLoader(
             _Reader(part, crop), batch_sampler=[chunk.tolist() for chunk in chunks], collate_fn=fast_collate,

@@ -153,11 +153,12 @@ def medmnist_folder(tmp_path) -> Path:
 
 @pytest.fixture
 def brain_folder(image_folder) -> Path:
-    """Both brain tumour sets in one data root."""
+    """Both brain tumour sets in one data root, and before them another set of such parts."""
     return image_folder(
-        "b/Training/glioma_tumor/1.png", "b/Training/no_tumor/1.png", "b/Testing/glioma_tumor/2.png",
-        "b/Testing/no_tumor/1.png",
-        "a/Training/glioma/1.png", "a/Training/notumor/1.png", "a/Testing/glioma/1.png", "a/Testing/notumor/1.png",
+        "another/Training/x/1.png", "another/Testing/x/1.png",
+        "s/Training/glioma_tumor/1.png", "s/Training/no_tumor/1.png", "s/Testing/glioma_tumor/2.png",
+        "s/Testing/no_tumor/1.png",
+        "n/Training/glioma/1.png", "n/Training/notumor/1.png", "n/Testing/glioma/1.png", "n/Testing/notumor/1.png",
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def test_every_source_is_tried():
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_source_gives_as_many_ids_labels_and_parts_as_images_and_a_card(request, name):
     root = request.getfixturevalue(FOLDERS[name])
-    source = open_source(name, root / "b" if name == "folder" else root)
+    source = open_source(name, root / "s" if name == "folder" else root)
     count = len(source.images)
     assert count == len(source.ids) == len(source.labels) == len(set(source.ids))
     assert source.labels.dtype == np.int64
@@ -316,7 +317,7 @@ def test_an_unknown_data_set_brings_a_suggestion(name, hint):
 @pytest.mark.parametrize("is_zipped", [False, True])
 def test_the_two_brain_tumour_sets_are_told_apart_in_one_data_root(brain_folder, cache, is_zipped):
     if is_zipped:
-        for name in "ab":
+        for name in ("another", "n", "s"):
             shutil.make_archive(str(brain_folder / f"archive ({name})"), "zip", brain_folder / name)
             shutil.rmtree(brain_folder / name)
     sartaj, nickparvar = (open_source(name, brain_folder) for name in ("brain_tumor", "brain_tumor_nickparvar"))
