@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ def decode(source: Source, image_size: int, *, on_corrupt: str = "raise") -> tup
         raise _corrupt(source, broken)
     if broken:
         source = source.take(np.setdiff1d(np.arange(len(source.ids)), list(broken)))
-        source.card["corrupt_files"] = len(broken)
+        source = replace(source, card=source.card | {"corrupt_files": len(broken)})
     with np.load(folder / "signatures.npz") as stored:
         signatures = Signatures(**stored)
     shape = (len(signatures), 3, image_size, image_size)
@@ -99,6 +99,7 @@ def _content(source: Source) -> str:
     """A hash of what is in the files, in order: copies in another place share a cache, a changed byte makes another."""
     total = hashlib.sha256(str(_VERSION).encode())
     if isinstance(source.images, np.ndarray):
+        total.update(str(source.images.shape).encode())
         total.update(np.ascontiguousarray(source.images))
     else:
         with ThreadPoolExecutor() as pool:

@@ -1,16 +1,20 @@
 """Files and folders: where data lie, archives extracted safely, and what is built aside before it is seen."""
 
+import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 
@@ -43,7 +47,7 @@ def unpack(archive: Path) -> Path:
                         opened.extractall(aside, filter="data")
             except tarfile.FilterError as error:
                 raise ValueError(f"{archive} would write outside of its folder ({error}); it is not extracted") from error
-            except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+            except DAMAGE as error:
                 raise ValueError(f"{archive} is damaged ({error}); get it again") from error
     return folder
 
@@ -132,5 +136,5 @@ def _members(archive: Path) -> list[str]:
                 return opened.namelist()
         with tarfile.open(archive) as opened:
             return opened.getnames()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{archive} is damaged ({error}); get it again") from error

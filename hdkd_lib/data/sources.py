@@ -379,7 +379,7 @@ def ham10000(root: Path | None, download: bool = False) -> Source:
     if absent := sorted(set(table.image_id) - files.keys()):
         raise ValueError(f"{len(absent)} rows of {name} have no image in {place}, the first is {absent[0]}")
     for i in table.image_id:
-        if len({file.stat().st_size for file in files[i]}) > 1:
+        if len(files[i]) > 1 and len({file.read_bytes() for file in files[i]}) > 1:
             raise ValueError(f"two images are named {i} and differ: {', '.join(map(str, files[i]))}; remove one")
     if unnamed := sorted(files.keys() - set(table.image_id)):
         warnings.warn(

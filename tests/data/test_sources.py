@@ -475,7 +475,6 @@ def test_two_images_of_ham10000_with_one_name_are_refused(ham_folder):
         open_source("ham10000", ham_folder)
 
 
-@pytest.mark.xfail(strict=True, reason="only the sizes of the files are compared")
 def test_two_images_of_ham10000_with_one_name_and_one_size_are_refused(ham_folder):
     for folder, colour in (("HAM10000_images_part_1", 0), ("HAM10000_images_part_2", 255)):
         Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(ham_folder / folder / "ISIC_0000001.bmp")
