@@ -20,3 +20,10 @@ def soft_distillation(student: Tensor, teacher: Tensor, *, tau: float = 1.0, red
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's decisions, Touvron et al. 2021 (DeiT, arXiv 2012.12877), eq. 3; logits (B, C)."""
     return F.cross_entropy(student, teacher.argmax(1))
+
+
+def logit_distillation(student: Tensor, teacher: Tensor, *, kind: str, tau: float = 1.0, reduction: str = "classes") -> Tensor:
+    """`kind` "soft" or "hard"; the latter knows neither temperature nor reduction."""
+    if kind == "soft":
+        return soft_distillation(student, teacher, tau=tau, reduction=reduction)
+    return hard_distillation(student, teacher)

@@ -18,6 +18,8 @@ class Recipe:
         imbalance: "none", "class_weights" (in the cross-entropy with the labels), "balanced_sampler" or "smote".
         mixup, cutmix: alpha of their beta distributions, 0 for none; with both, each batch takes one of them.
         label_smoothing: mass spread over all classes in the cross-entropy with the labels.
+        protocol: "honest", or "paper": the epoch is chosen on the test part, what is validation joins training, and the rate of
+            each epoch is that of the epoch before, all as in HDKD's official code: its result is optimistic.
         repeats: of each image in an epoch, of whose images only one in `repeats` is used then (repeated augmentation).
     """
 
@@ -36,12 +38,15 @@ class Recipe:
     cutmix: float = 0.0
     label_smoothing: float = 0.0
     repeats: int = 1
+    protocol: str = "honest"
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
             raise ValueError(f"a recipe needs epochs >= 1, batch_size >= 2 and lr > 0 (got {self})")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine' (got {self.schedule!r})")
+        if self.protocol not in ("honest", "paper"):
+            raise ValueError(f"protocol must be 'honest' or 'paper' (got {self.protocol!r})")
         if self.augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)} (got {self.augment!r})")
         if self.imbalance not in IMBALANCE:

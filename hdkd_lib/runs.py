@@ -138,8 +138,13 @@ class Run:
         return pd.read_csv(self.path / "predictions.csv", dtype={"id": str})
 
     def student(self, which: str = "best") -> nn.Module:
-        """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last"."""
+        """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".
+
+        It remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
+        """
         model = models.create(**self.config["method"]["student"])
+        split = pd.read_csv(self.path / "split.csv", dtype={"id": str})
+        model.trained_on = self.config["data"] | {"ids": set(split.id[split.part != "test"])}
         return models.load_weights(model, self.path / f"{which}.safetensors").eval()
 
 
@@ -147,8 +152,8 @@ def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
     Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold,
-    seed, epochs, epoch, parameters, seconds, images_per_second, precision, device, and the test metrics of the best validation
-    epoch (`last_...` those of the last epoch).
+    seed, epochs, epoch, selection (the part that chose it), parameters, seconds, images_per_second, precision, device, and the test
+    metrics of the chosen epoch (`last_...` those of the last epoch).
 
     Raises:
         FileNotFoundError: no finished run is there.
@@ -169,6 +174,7 @@ def load(folder: str | Path) -> pd.DataFrame:
                 "epochs": config["recipe"]["epochs"],
                 "epoch": metrics["best"]["epoch"],
                 **{key: metrics[key] for key in ("parameters", "seconds", "images_per_second")},
+                "selection": "test" if config["recipe"].get("protocol") == "paper" else "validation",
                 "precision": config["precision"],
                 "device": run.environment["device"],
                 **{key: value for key, value in metrics["best"]["test"].items() if key != "confusion"},

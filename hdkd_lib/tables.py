@@ -44,9 +44,12 @@ def provenance(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     seeds, folds = (", ".join(map(str, sorted(frame[key].unique()))) for key in ("seed", "fold"))
     epochs = "/".join(map(str, sorted(frame.epochs.unique())))
+    chosen = " and ".join(sorted(set(frame.selection)))
+    if "test" in chosen:
+        chosen += " (the paper's protocol: optimistic)"
     return (
         f"{first.dataset} at {first.image_size} px, {first.protocol} split (folds {folds}), seeds {seeds}, {epochs} epochs, "
-        f"{first.precision}; test part, epoch chosen on validation; mean ± 95 % t interval in percent, "
+        f"{first.precision}; test part, epoch chosen on {chosen}; mean ± 95 % t interval in percent, "
         "differences paired by seed and fold."
     )
 

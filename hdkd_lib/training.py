@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from hdkd_lib.data import Data
 from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.batches import Files, Normalise, Part, batches
 from hdkd_lib.data.imbalance import class_weights, smote
+from hdkd_lib.methods import Supervised
 from hdkd_lib.methods.base import Method
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run, write_atomically, write_json
@@ -39,13 +40,14 @@ def fit(
     precision: str = "auto",
     resident: str | bool = "auto",
     resume: bool = True,
+    force: bool = False,
 ) -> Run:
     """Trains the task's student, measures it and returns the run; a finished one of the same configuration is not repeated.
 
     The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best"; the test part
     is touched once, at the end, with those weights and with the last ones. Each epoch draws its randomness from (seed, epoch)
     alone, so an interrupted and resumed run ends with the weights of an uninterrupted one (bitwise on one CPU with one number
-    of threads).
+    of threads). With `recipe.protocol` "paper" the test part chooses the epoch, by accuracy.
 
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
@@ -53,9 +55,11 @@ def fit(
         precision: "float32", "bf16" (autocast), or "auto": bf16 where the device computes in it.
         resident: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
         resume: whether to go on from the folder's checkpoint.
+        force: whether a teacher may teach that is no better than chance on the validation part.
 
     Raises:
-        ValueError: the classes of data and student differ, an argument is unknown, or the task was trained in another run.
+        ValueError: the classes of data and student differ, an argument is unknown, the task was trained in another run, or the
+            teacher is at chance level, was trained on other classes or has seen test images.
         FloatingPointError: the loss is no longer a number; the checkpoint of the epoch before is kept.
     """
     device = resolve_device(device)
@@ -72,6 +76,8 @@ def fit(
         "seed": seed,
         "precision": precision,
     }
+    if hasattr(task, "teacher"):
+        _check_provenance(task.teacher.network, data)
     run = Run.create(run_dir, config)
     with run.lock():
         if not run.is_finished:
@@ -81,6 +87,11 @@ def fit(
                 )
             task.is_fresh = False
             task.to(device, memory_format=torch.channels_last)
+            if hasattr(task, "teacher"):
+                _check_skill(task, data, device, precision, force)
+            if recipe.protocol == "paper":
+                data = data.chosen_on_test()
+                task.follow_paper()
             _train(task, data, recipe, run, seed, device, precision, resident, resume)
     return run
 
@@ -110,9 +121,11 @@ def _train(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
     order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.repeats}
-    optimizer = create_optimizer_v2(
-        task.trainable_module, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=device.type != "mps"
-    )
+    undecayed = getattr(task.student, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(task.student, recipe.weight_decay, no_weight_decay_list=undecayed)
+    if len(task.auxiliary):
+        groups += param_groups_weight_decay(task.auxiliary, recipe.weight_decay)
+    optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, weight_decay=0.0, fused=device.type != "mps")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine" if recipe.schedule == "cosine" else "step",
@@ -122,17 +135,18 @@ def _train(
         warmup_epochs=recipe.warmup_epochs,
         warmup_lr=recipe.warmup_lr,
     )
-    history, best = [], {"balanced_accuracy": -1.0, "nll": math.inf}
+    lag, criterion = (1, "accuracy") if recipe.protocol == "paper" else (0, "balanced_accuracy")
+    history, best = [], {criterion: -1.0, "nll": math.inf}
     checkpoint = run.path / "checkpoint.pt"
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         task.student.load_state_dict(state["student"])
+        task.auxiliary.load_state_dict(state["auxiliary"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
     write_json(run.path / "environment.json", runs.environment(device))
-    split = pd.DataFrame(
-        [(i, part) for part in ("train", "val", "test") for i in getattr(data, part).ids], columns=["id", "part"]
-    )
+    parts = ("train", "val", "test") if data.val is not data.test else ("train", "test")
+    split = pd.DataFrame([(i, part) for part in parts for i in getattr(data, part).ids], columns=["id", "part"])
     write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
     done, quiet = len(history), "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not read the variable itself
@@ -140,7 +154,7 @@ def _train(
     for epoch in progress:
         start = time.perf_counter()
         random_seed((1_000_003 * (seed + 1) + epoch) % 2**32)  # torch's, NumPy's (mixup) and Python's (random erasing)
-        scheduler.step(epoch)
+        scheduler.step(max(0, epoch - lag))
         task.set_progress(epoch / recipe.epochs)
         task.train()
         totals, seen = defaultdict(lambda: torch.zeros((), device=device)), 0
@@ -172,16 +186,49 @@ def _train(
         scores = metrics.classification(predict(task, val, precision=precision), data.val.labels)
         row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
         history.append(row)
-        if (scores["balanced_accuracy"], -scores["nll"]) > (best["balanced_accuracy"], -best["nll"]):
-            best = {"epoch": epoch, "balanced_accuracy": scores["balanced_accuracy"], "nll": scores["nll"]}
+        if (scores[criterion], -scores["nll"]) > (best[criterion], -best["nll"]):
+            best = {"epoch": epoch, criterion: scores[criterion], "nll": scores["nll"]}
             _save_weights(task, run.path / "best.safetensors")
-        state = {"student": task.student.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
+        networks = {"student": task.student.state_dict(), "auxiliary": task.auxiliary.state_dict()}
+        state = {**networks, "optimizer": optimizer.state_dict(), "history": history, "best": best}
         write_atomically(checkpoint, lambda aside, state=state: torch.save(state, aside))
         write_atomically(run.path / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
         progress.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{scores['balanced_accuracy']:.3f}")
     _save_weights(task, run.path / "last.safetensors")
     _finish(task, data, recipe, run, precision, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
     checkpoint.unlink()
+
+
+def _check_provenance(teacher: nn.Module, data: Data) -> None:
+    """A teacher that has seen the test images would carry them into its student."""
+    origin = getattr(teacher, "trained_on", None)  # `Run.student` says so; other networks cannot
+    if origin is None:
+        return
+    if origin["classes"] != data.classes:
+        raise ValueError(
+            f"the teacher was trained on the classes {', '.join(origin['classes'])} and the data have "
+            f"{', '.join(data.classes)}; train the teacher on the student's data"
+        )
+    seen = origin["ids"].intersection(data.test.ids) if origin["content"] == data.config["content"] else ()
+    if seen:
+        raise ValueError(
+            f"the teacher was trained on {len(seen)} of the {len(data.test)} test images ({origin['protocol']} split, fold "
+            f"{origin['fold']}; here {data.config['protocol']}, {data.config['fold']}); train it on the student's split"
+        )
+
+
+def _check_skill(task: Method, data: Data, device: torch.device, precision: str, force: bool) -> None:
+    """Says what the teacher knows before anything is learned from it."""
+    probe = Supervised(student=task.teacher.network).eval()
+    scores = metrics.classification(predict(probe, data.val, precision=precision), data.val.labels)
+    chance = 1 / len(data.classes)
+    margin = 2 * math.sqrt(chance * (1 - chance) / len(data.val))
+    print(f"teacher on validation: balanced accuracy {scores['balanced_accuracy']:.3f}, chance {chance:.3f}")
+    if scores["balanced_accuracy"] <= chance + margin and not force:
+        raise ValueError(
+            f"the teacher is no better than chance (balanced accuracy {scores['balanced_accuracy']:.3f}, chance "
+            f"{chance:.3f} + {margin:.3f}): train it first, or pass force=True"
+        )
 
 
 def _finish(

@@ -1,7 +1,7 @@
 """Images, splits and batches. `load` is all that a notebook needs."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,21 @@ class Data:
     source: Source
     signatures: Signatures | None = None
     audit: Audit | None = None
+
+    def chosen_on_test(self) -> "Data":
+        """As papers do that have no validation part: it joins training, and the test part chooses the epoch."""
+        train, val = self.train, self.val
+        images = train.images[:] if isinstance(train.images, torch.Tensor) else train.images
+        if isinstance(images, Rows):
+            images = Rows(images.store, torch.cat([images.rows, val.images.rows]).numpy())
+        elif isinstance(images, Files):
+            images = Files(images.paths + val.images.paths, images.shape[-1])
+        else:
+            images = torch.cat([images, val.images[:]])
+        groups = np.concatenate([train.groups, val.groups])
+        return replace(
+            self, train=Part(images, torch.cat([train.labels, val.labels]), train.ids + val.ids, groups), val=self.test
+        )
 
     def split(self, protocol: str, fold: int = 0) -> dict[str, np.ndarray]:
         """Image numbers of train, val and test under another protocol or in another fold, of the whole set."""

@@ -14,13 +14,15 @@ class Method(timm.task.TrainingTask):
     """`task(images, target)` gives a dict with `loss`, `output` (logits) and each term by name; images (B, C, H, W)
     are in the student's normalisation.
 
-    `trainable_module` is the student, which is all that is optimised and saved (timm's meaning).
+    `trainable_module` is the student, which is optimised and saved (timm's meaning); `auxiliary` holds what a method trains
+    along with it and throws away at the end.
     Subclasses are constructed by keyword only; `settings()` gives the arguments that are numbers or words.
     """
 
     def __init__(self, *, student: nn.Module):
         super().__init__(verbose=False)
         self.trainable_module = student
+        self.auxiliary = nn.ModuleDict()
         self.progress = 0.0
         self.is_fresh = True  # until `fit` trains the student
         self.class_weights: Tensor | None = None  # (C,), of the cross-entropy with labels; `fit` sets both by its recipe
@@ -38,6 +40,9 @@ class Method(timm.task.TrainingTask):
         """With labels (B,), or with probabilities (B, C) as mixup gives them, which are smoothed already."""
         smoothing = self.label_smoothing if target.ndim == 1 else 0.0
         return F.cross_entropy(logits, target, self.class_weights, label_smoothing=smoothing)
+
+    def follow_paper(self) -> None:
+        """What `Recipe.protocol` "paper" changes in the networks; called once, before training."""
 
     def settings(self) -> dict:
         return {}

@@ -19,31 +19,41 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdkd_lib.losses import hard_distillation, soft_distillation
+from hdkd_lib.losses import logit_distillation
 from hdkd_lib.methods.base import Distillation
+from hdkd_lib.models.hdkd import HDKDStudent
 
 
-def feature_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], *, exponent: float = 1.0) -> Tensor:
-    """sum_i i^exponent MSE(teacher_i, student_i), i = 1, 2, ... in the order given; maps (B, C_i, H_i, W_i)."""
-    return sum(i**exponent * F.mse_loss(s, t) for i, (t, s) in enumerate(zip(teacher, student, strict=True), start=1))
+def feature_loss(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], *, numbers: Sequence[int] | None = None, exponent: float = 1.0
+) -> Tensor:
+    """sum_i i^exponent MSE(teacher_i, student_i); maps (B, C_i, H_i, W_i); i = `numbers`, by default 1, 2, ... as given."""
+    numbers = range(1, len(teacher) + 1) if numbers is None else numbers
+    return sum(i**exponent * F.mse_loss(s, t) for i, t, s in zip(numbers, teacher, student, strict=True))
 
 
 class HDKD(Distillation):
     """`HDKD(student=..., teacher=...)(images, labels)` gives `loss`, `output`, `logit_loss`, `feature_loss` (before lambda).
 
     Args:
-        student: a network with a distillation token, such as `hdkd_student_distilled`.
+        student: `hdkd_student_distilled`, or `hdkd_student`, whose class token then learns from labels and teacher alike
+            (OUR CHOICE: the paper's student has a distillation token).
         teacher: a network whose chosen stages have the student's shapes, such as `hdkd_teacher`.
         kind: "soft" or "hard" logit distillation.
-        alpha: weight of distillation against cross-entropy, in [0, 1]. At 0 the class head alone predicts.
+        alpha: weight of distillation against cross-entropy, in [0, 1]; 0: features alone teach.
         tau: temperature of soft distillation.
         feature_weight: lambda, at least 0.
-        stages: which shared stages teach, counted from 1; empty: none.
+        stages: which shared stages teach, counted from 1; empty: logits alone teach.
         stage_exponent: alpha_f.
+        stage_weighting: "index" counts the chosen stages (the official code), "number" is the stage's own number.
         reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
+        prediction: weight of the distillation head in the prediction, in [0, 1]: 0 is the class head alone, .5 the mean (the
+            official code). At alpha = 0 nothing trains that head and it is left out.
+        projection: whether a 1x1 convolution, trained along, takes the student's maps to the widths of a teacher with other
+            stages, compared at equal strides (OUR CHOICE; the paper's point is that none is needed).
 
     Raises:
-        ValueError: an argument is out of range, the student has no distillation token, or a stage's widths differ.
+        ValueError: an argument is out of range, the student is not HDKD's, or a stage's shapes differ.
     """
 
     def __init__(
@@ -57,49 +67,82 @@ class HDKD(Distillation):
         feature_weight: float = 10.0,
         stages: Sequence[int] = (1, 2, 3),
         stage_exponent: float = 1.0,
+        stage_weighting: str = "index",
         reduction: str = "classes",
+        prediction: float = 0.5,
+        projection: bool = False,
     ):
         super().__init__(student=student, teacher=teacher)
         if kind not in ("soft", "hard"):
             raise ValueError(f"kind must be 'soft' or 'hard' (got {kind!r})")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1] (got {alpha})")
+        if stage_weighting not in ("index", "number"):
+            raise ValueError(f"stage_weighting must be 'index' or 'number' (got {stage_weighting!r})")
+        if not 0 <= alpha <= 1 or not 0 <= prediction <= 1:
+            raise ValueError(f"alpha and prediction must be in [0, 1] (got {alpha} and {prediction})")
         if tau <= 0 or feature_weight < 0:
             raise ValueError(f"tau must be above 0 and feature_weight at least 0 (got {tau} and {feature_weight})")
-        if not hasattr(student, "set_distilled_training"):
-            raise ValueError("HDKD needs a student with a distillation token, such as hdkd_student_distilled")
-        count = min(len(student.feature_info), len(teacher.feature_info)) if stages else 0
+        if not isinstance(student, HDKDStudent):
+            raise ValueError(f"HDKD needs a student such as hdkd_student_distilled (got {type(student).__name__})")
+        count = len(student.stages)
         if list(stages) != sorted(set(stages) & set(range(1, count + 1))):
             raise ValueError(f"stages must be ascending numbers from 1 to {count} (got {list(stages)})")
-        for stage in stages:
-            shapes = [(f["num_chs"], f["reduction"]) for f in (m.feature_info[stage - 1] for m in (student, teacher))]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"stage {stage} has {shapes[0][0]} channels at stride {shapes[0][1]} in the student and "
-                    f"{shapes[1][0]} at stride {shapes[1][1]} in the teacher; HDKD compares them without a projection, "
-                    "so take a teacher with the student's stages"
-                )
         self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
         self.feature_weight, self.stages, self.stage_exponent = feature_weight, tuple(stages), stage_exponent
+        self.stage_weighting, self.prediction, self.projection = stage_weighting, prediction, projection
+        self.teacher_stages = self._align(student, teacher)
+
+    def _align(self, student: nn.Module, teacher: nn.Module) -> list[int]:
+        """The teacher's index of each chosen stage; makes the projections, if there are any."""
+        strides = [info["reduction"] for info in teacher.feature_info]
+        found = []
+        for stage in self.stages:
+            width, stride = (student.feature_info[stage - 1][key] for key in ("num_chs", "reduction"))
+            index = stage - 1
+            if self.projection and stride in strides:
+                index = strides.index(stride)
+            theirs = teacher.feature_info[index] if index < len(strides) else {"num_chs": 0, "reduction": 0}
+            if theirs["reduction"] != stride or (theirs["num_chs"] != width and not self.projection):
+                raise ValueError(
+                    f"stage {stage} has {width} channels at stride {stride} in the student and {theirs['num_chs']} at stride "
+                    f"{theirs['reduction']} in the teacher; take a teacher with the student's stages, or pass projection=True "
+                    f"for one that has stride {stride} (it has {', '.join(map(str, strides))})"
+                )
+            if theirs["num_chs"] != width:
+                self.auxiliary[f"projection{stage}"] = nn.Conv2d(width, theirs["num_chs"], 1)
+            found.append(index)
+        return found
+
+    def follow_paper(self) -> None:
+        """Batch norm's momenta that leave its statistics as the official code's repeated forward passes do.
+
+        To take the maps of stage i, that code runs stages 1 to i once more: a stage that runs k times a step has 1 - .9^k.
+        """
+        for number, stage in enumerate(self.student.stages, start=1):
+            runs = 1 + sum(chosen >= number for chosen in self.stages)
+            for module in stage.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1 - 0.9**runs
 
     def settings(self) -> dict:
-        names = ("kind", "alpha", "tau", "feature_weight", "stage_exponent", "reduction")
-        return {name: getattr(self, name) for name in names} | {"stages": list(self.stages)}
+        names = ("kind", "alpha", "tau", "feature_weight", "stage_exponent", "stage_weighting", "reduction", "prediction")
+        return {name: getattr(self, name) for name in (*names, "projection")} | {"stages": list(self.stages)}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         indices = [stage - 1 for stage in self.stages]
         tokens, student_maps = self.student.forward_intermediates(images, indices or [0])
-        teacher_logits, teacher_maps = self.teacher(images, indices)
-        class_logits, distillation_logits = self.student.head(tokens[:, 0]), self.student.head_dist(tokens[:, 1])
+        teacher_logits, teacher_maps = self.teacher(images, self.teacher_stages)
+        class_logits, distillation_logits = self._heads(tokens)
 
-        if self.kind == "soft":
-            distillation = soft_distillation(distillation_logits, teacher_logits, tau=self.tau, reduction=self.reduction)
-        else:
-            distillation = hard_distillation(distillation_logits, teacher_logits)
-        logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
-        features = (
-            feature_loss(teacher_maps, student_maps, exponent=self.stage_exponent) if indices else logit_loss.new_zeros(())
+        distillation = logit_distillation(
+            distillation_logits, teacher_logits, kind=self.kind, tau=self.tau, reduction=self.reduction
         )
+        logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
+        features = logit_loss.new_zeros(())
+        if indices:
+            names = [f"projection{stage}" for stage in self.stages]
+            projected = [self.auxiliary[n](m) if n in self.auxiliary else m for n, m in zip(names, student_maps, strict=True)]
+            numbers = self.stages if self.stage_weighting == "number" else None
+            features = feature_loss(teacher_maps, projected, numbers=numbers, exponent=self.stage_exponent)
         return {
             "loss": logit_loss + self.feature_weight * features,
             "output": self._prediction(class_logits, distillation_logits),
@@ -108,9 +151,14 @@ class HDKD(Distillation):
         }
 
     def predict(self, images: Tensor) -> Tensor:
-        tokens = self.student.forward_features(images)
-        return self._prediction(self.student.head(tokens[:, 0]), self.student.head_dist(tokens[:, 1]))
+        return self._prediction(*self._heads(self.student.forward_features(images)))
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and distillation logits (B, C); the same where the student has one token."""
+        class_logits = self.student.head(tokens[:, 0])
+        return class_logits, class_logits if self.student.dist_token is None else self.student.head_dist(tokens[:, 1])
 
     def _prediction(self, class_logits: Tensor, distillation_logits: Tensor) -> Tensor:
         # At alpha = 0 nothing trains the distillation head: averaging it in, as the official code does, would add noise.
-        return (class_logits + distillation_logits) / 2 if self.alpha > 0 else class_logits
+        weight = self.prediction if self.alpha > 0 else 0.0
+        return class_logits + weight * (distillation_logits - class_logits) if weight else class_logits

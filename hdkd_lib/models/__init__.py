@@ -14,14 +14,20 @@ from hdkd_lib.models import hdkd as _hdkd  # noqa: F401  (registers the models)
 
 
 def create(name: str, **kwargs) -> nn.Module:
-    """`timm.create_model`, with the nearest name suggested for an unknown one.
+    """`timm.create_model`, with the nearest name suggested for an unknown one; `img_size` goes to networks that take it.
 
     The name and arguments stay on the model as `creation`, so that a run's configuration can say how to make it again.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
         raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see timm.list_models()"))
-    model = timm.create_model(name, **kwargs)
+    try:
+        model = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        kwargs.pop("img_size")  # a CNN takes any size
+        model = timm.create_model(name, **kwargs)
     model.creation = {"name": name, **kwargs}
     return model
 

@@ -1,0 +1,69 @@
+"""DeiT's distillation through a token, and plain distillation of logits for students without one.
+
+Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021 (arXiv 2012.12877).
+With z_c, z_d the logits of the class and distillation tokens and t the teacher's logits on the same images:
+
+    hard:  L = (1 - alpha) CE(z_c, y) + alpha CE(z_d, argmax t)                      eq. 3, alpha = 1/2
+    soft:  L = (1 - alpha) CE(z_c, y) + alpha tau^2 KL(t || z_d), divided by B * C   eq. 2 and the official code
+
+Prediction is the mean of both heads. A student without a distillation token has z_d = z_c, which is the distillation of Hinton
+et al. 2015 (arXiv 1503.02531), for any timm network.
+"""
+
+from torch import Tensor, nn
+
+from hdkd_lib.losses import logit_distillation
+from hdkd_lib.methods.base import Distillation
+
+
+class DeiT(Distillation):
+    """`DeiT(student=..., teacher=...)(images, labels)` gives `loss`, `output`, `class_loss`, `distillation_loss`.
+
+    Args:
+        student: any timm network; with `set_distilled_training`, such as deit_tiny_distilled_patch16_224, its distillation
+            token learns from the teacher.
+        kind: "hard" or "soft" distillation.
+        alpha: weight of distillation against cross-entropy, in [0, 1].
+        tau: temperature of soft distillation.
+        reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: nn.Module,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        reduction: str = "classes",
+    ):
+        super().__init__(student=student, teacher=teacher)
+        if kind not in ("hard", "soft"):
+            raise ValueError(f"kind must be 'hard' or 'soft' (got {kind!r})")
+        if not 0 <= alpha <= 1 or tau <= 0:
+            raise ValueError(f"alpha must be in [0, 1] and tau above 0 (got {alpha} and {tau})")
+        self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
+        if hasattr(student, "set_distilled_training"):
+            student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
+
+    def settings(self) -> dict:
+        return {name: getattr(self, name) for name in ("kind", "alpha", "tau", "reduction")}
+
+    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = self.student(images)
+        class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        teacher_logits, _ = self.teacher(images)
+        class_loss = self.cross_entropy(class_logits, target)
+        distillation = logit_distillation(
+            distillation_logits, teacher_logits, kind=self.kind, tau=self.tau, reduction=self.reduction
+        )
+        return {
+            "loss": (1 - self.alpha) * class_loss + self.alpha * distillation,
+            "output": (class_logits + distillation_logits) / 2,
+            "class_loss": class_loss,
+            "distillation_loss": distillation,
+        }
