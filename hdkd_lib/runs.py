@@ -152,8 +152,8 @@ def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
     Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold,
-    seed, epochs, epoch, selection (the part that chose it), parameters, seconds, images_per_second, precision, device, and the test
-    metrics of the chosen epoch (`last_...` those of the last epoch).
+    seed, epochs, epoch, selection (the part that chose it), parameters, seconds, images_per_second, precision, device, and the
+    test metrics of the chosen epoch (`last_...` those of the last epoch).
 
     Raises:
         FileNotFoundError: no finished run is there.

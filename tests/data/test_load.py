@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hdkd_lib import data as module
 from hdkd_lib.data import load
@@ -95,6 +96,22 @@ def test_the_card_counts_what_leaks(image_folder):
     assert grouped.card["test_images_in_train"] == 0 < official.card["test_images_in_train"]
     assert (grouped.card["protocol"], official.card["protocol"]) == ("grouped", "official")
     assert official.test.ids == [f"test/{c}/{i}.png" for c in "ab" for i in range(10)]
+
+
+def test_a_picture_and_its_copy_encoded_again_are_on_one_side(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((72, 56), Image.Resampling.BICUBIC)
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        picture.save(tmp_path / "ab"[i % 2] / f"{i}.png")
+        picture.save(tmp_path / "ab"[i % 2] / f"{i}.copy.jpg", quality=60)
+    crossing = {}
+    for protocol in ("grouped", "random"):
+        data = load("folder", tmp_path, image_size=8, protocol=protocol)
+        assert (data.card["images"], data.card["groups"], data.card["near_duplicate_pairs"]) == (48, 24, 24)
+        sides = [{Path(i).name.split(".")[0] for i in part.ids} for part in parts_of(data).values()]
+        crossing[protocol] = sum(map(len, sides)) - 24
+    assert crossing["grouped"] == 0 < crossing["random"]
 
 
 def test_a_split_by_another_protocol_is_the_one_that_load_would_make(published):
