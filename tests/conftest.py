@@ -83,7 +83,8 @@ def make_task(build):
 @pytest.fixture(scope="session")
 def finished_run(make_task, digits, recipe, tmp_path_factory):
     """HDKD trained on digits without an interruption."""
-    return fit(make_task(), digits, recipe, tmp_path_factory.mktemp("runs") / "hdkd-seed0", device="cpu", precision="float32")
+    run_dir = tmp_path_factory.mktemp("runs") / "hdkd-seed0"
+    return fit(make_task(), digits, recipe, run_dir, device="cpu", precision="float32", force=True)  # an untrained teacher
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hdkd_lib.losses import hard_distillation, soft_distillation
+from hdkd_lib.losses import hard_distillation, logit_distillation, soft_distillation
 
 
 @st.composite
@@ -45,6 +45,14 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_decisions(case):
     student, teacher, *_ = case
     decisions = teacher.max(1).indices
     assert_close(hard_distillation(student, teacher), -student.log_softmax(1)[range(len(student)), decisions].mean())
+
+
+@given(cases())
+def test_logit_distillation_is_the_kind_that_is_asked_for(case):
+    student, teacher, tau, reduction = case
+    soft, hard = (logit_distillation(student, teacher, kind=k, tau=tau, reduction=reduction) for k in ("soft", "hard"))
+    assert soft == soft_distillation(student, teacher, tau=tau, reduction=reduction)
+    assert hard == hard_distillation(student, teacher)
 
 
 def test_an_unknown_reduction_is_refused():

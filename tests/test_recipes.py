@@ -8,7 +8,7 @@ from hdkd_lib.recipes import Recipe
 
 def test_hdkds_recipes_are_those_of_the_official_code():
     shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "repeats": 1}
-    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0}
+    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest"}
     assert asdict(recipes.get("hdkd_teacher")) == {
         **shared,
         **{"optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "schedule": "constant"},
@@ -25,7 +25,7 @@ def test_deits_recipe_is_that_of_its_code():
     assert asdict(recipes.get("deit")) == {
         **{"epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine"},
         **{"min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-6, "augment": "deit", "imbalance": "none"},
-        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "repeats": 3},
+        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "repeats": 3, "protocol": "honest"},
     }
 
 
@@ -51,6 +51,7 @@ def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
         ({"batch_size": 1}, "batch_size >= 2"),  # batch norm has no variance for one image
         ({"lr": 0.0}, "lr > 0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
+        ({"protocol": "test"}, r"protocol must be 'honest' or 'paper' \(got 'test'\)"),
         ({"augment": "mixup"}, "augment must be one of none, hdkd, deit"),
         ({"imbalance": "weights"}, "imbalance must be one of none, class_weights, balanced_sampler, smote"),
         ({"mixup": -0.1}, "mixup and cutmix must be at least 0"),

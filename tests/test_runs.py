@@ -137,9 +137,25 @@ def test_load_gives_a_row_per_finished_run_with_networks_trained_alone_first(fin
         "protocol": "grouped",
         "fold": 0,
     }
+    expected |= {"selection": "validation"}
     expected |= {"epochs": 3, "epoch": measured["best"]["epoch"], "parameters": measured["parameters"], "precision": "float32"}
     assert {key: row[key] for key in expected} == expected
     assert Run(row.path).config == finished_run.config
+
+
+def test_load_says_which_part_chose_the_epoch(finished_run, copied, tmp_path):
+    recipe = finished_run.config["recipe"]
+    copied("honest-seed0")
+    copied("paper-seed0", recipe=recipe | {"protocol": "paper"})
+    copied("unsaid-seed0", recipe={key: value for key, value in recipe.items() if key != "protocol"})  # before there was one
+    table = runs.load(tmp_path).set_index("run")
+    assert table.selection.to_dict() == {"honest": "validation", "paper": "test", "unsaid": "validation"}
+
+
+def test_a_student_remembers_the_images_it_has_seen(finished_run, digits):
+    origin = finished_run.student().trained_on
+    assert origin.pop("ids") == {*digits.train.ids, *digits.val.ids}
+    assert origin == digits.config
 
 
 def test_load_searches_two_levels_deep(finished_run, copied, tmp_path):

@@ -65,6 +65,14 @@ def test_written_tables_hold_every_run_the_summary_and_where_its_numbers_are_fro
     assert text.rstrip().endswith(tables.provenance(frame))
 
 
+def test_the_provenance_says_which_part_chose_the_epoch_and_when_that_is_optimistic(frame):
+    optimistic = "epoch chosen on test (the paper's protocol: optimistic);"
+    assert "epoch chosen on validation;" in tables.provenance(frame)
+    assert optimistic in tables.provenance(frame.assign(selection="test"))
+    mixed = tables.provenance(frame.assign(selection=["test", *["validation"] * 6]))
+    assert "epoch chosen on test and validation (the paper's protocol: optimistic);" in mixed
+
+
 def test_the_metrics_of_one_run_stand_side_by_side(finished_run):
     table = tables.metrics(finished_run.metrics)
     assert table.columns.tolist() == ["best epoch, val", "best epoch, test", "last epoch, val", "last epoch, test"]

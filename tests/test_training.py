@@ -16,15 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from hdkd_lib import data as hdkd_data
 from hdkd_lib import runs, training
 from hdkd_lib.data.augment import Augmentation
 from hdkd_lib.data.batches import Files, Part
 from hdkd_lib.data.imbalance import IMBALANCE, class_weights
-from hdkd_lib.methods import Supervised
+from hdkd_lib.methods import HDKD, DeiT, Supervised
 from hdkd_lib.recipes import DEIT, HDKD_STUDENT, HDKD_TEACHER, Recipe
 from hdkd_lib.training import fit
 
-ON_CPU = {"device": "cpu", "precision": "float32"}
+ON_CPU = {"device": "cpu", "precision": "float32", "force": True}  # the teachers here are not trained
 SHORT = Recipe(epochs=2, batch_size=60, optimizer="adam", lr=1e-3, augment="none")
 MIXED = replace(DEIT, epochs=3, batch_size=16, warmup_epochs=1)
 
@@ -153,13 +154,13 @@ def test_another_teacher_is_another_configuration(build, make_task, digits, reci
 def script(monkeypatch):
     """`script(task, scores)`: the first validations score these (balanced accuracy, nll); gives the weights at each."""
 
-    def script(task, scores):
+    def script(task, scores, criterion="balanced_accuracy"):
         scripted, weights, measure = iter(scores), [], training.metrics.classification
 
         def classification(probabilities, labels):
             weights.append({name: value.clone() for name, value in task.student.state_dict().items()})
             score = next(scripted, None)
-            return measure(probabilities, labels) | ({"balanced_accuracy": score[0], "nll": score[1]} if score else {})
+            return measure(probabilities, labels) | ({criterion: score[0], "nll": score[1]} if score else {})
 
         monkeypatch.setattr(training.metrics, "classification", classification)
         return weights
@@ -260,6 +261,148 @@ def test_predict_gives_probabilities_in_eval_mode_and_restores_the_mode(make_tas
     assert_close(training.predict(task, digits.test, batch_size=7), whole)
     assert task.training
     assert_close(task.student.state_dict(), before, rtol=0, atol=0)
+
+
+# The paper's protocol
+
+PAPER = replace(SHORT, protocol="paper")
+
+
+def test_the_papers_protocol_chooses_the_epoch_by_accuracy_on_the_test_part(alone, digits, tmp_path, script):
+    task = alone()
+    weights = script(task, [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.6, 0.1)], criterion="accuracy")
+    run = fit(task, digits, replace(PAPER, epochs=4), tmp_path, **ON_CPU)
+    assert run.metrics["best"]["epoch"] == 2
+    assert_close(load_file(run.path / "best.safetensors"), weights[2], rtol=0, atol=0)
+
+
+def test_the_papers_protocol_validates_on_the_test_part_and_trains_on_the_validation_part(alone, digits, tmp_path):
+    task = alone()
+    seen = watched(task)
+    run = fit(task, digits, PAPER, tmp_path, **ON_CPU)
+    history, measured = run.history, run.metrics
+    for which in ("best", "last"):
+        assert measured[which]["val"] == measured[which]["test"]
+        assert measured[which]["test"]["nll"] == history.val_nll[measured[which]["epoch"]]
+    correct = training.predict(Supervised(student=run.student("last")), digits.test).argmax(1) == digits.test.labels
+    assert measured["last"]["test"]["accuracy"] == pytest.approx(correct.float().mean().item(), abs=1e-6)
+    assert measured["images"] == {"train": 180, "val": 60, "test": 60}
+    both = torch.cat([digits.train.labels, digits.val.labels])
+    assert labels_in(seen).bincount().tolist() == (2 * both.bincount()).tolist()
+    split = pd.read_csv(run.path / "split.csv", dtype=str)
+    assert split[split.part == "train"].id.tolist() == digits.train.ids + digits.val.ids
+    assert split[split.part == "test"].id.tolist() == digits.test.ids
+    assert len(split) == 240
+    assert run.student().trained_on["ids"] == {*digits.train.ids, *digits.val.ids}
+    assert runs.load(tmp_path).selection.tolist() == ["test"]
+    assert run.config["data"] == digits.config
+
+
+def test_in_the_papers_protocol_the_rate_of_an_epoch_is_that_of_the_epoch_before(alone, digits, tmp_path):
+    recipe = replace(HDKD_STUDENT, epochs=6, warmup_epochs=3, batch_size=180, augment="none")
+    honest, paper = (rates(alone(), digits, replace(recipe, protocol=p), tmp_path / p) for p in ("honest", "paper"))
+    assert len(set(honest)) == 6
+    assert paper == [honest[0], *honest[:-1]]
+
+
+@pytest.mark.parametrize(("protocol", "momenta"), [("honest", [0.1, 0.1, 0.1]), ("paper", [0.3439, 0.271, 0.19])])
+def test_statistics_move_as_the_papers_in_its_protocol_alone(protocol, momenta, make_task, digits, tmp_path):
+    task = make_task()
+    fit(task, digits, replace(SHORT, epochs=1, protocol=protocol), tmp_path, **ON_CPU)
+    norms = ([m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d)] for stage in task.student.stages)
+    assert [norm[0].momentum for norm in norms] == pytest.approx(momenta)
+
+
+# Teachers
+
+
+def test_a_teacher_at_chance_is_refused_with_its_numbers_unless_forced(make_task, digits, tmp_path, capsys):
+    task = make_task()
+    message = r"no better than chance \(balanced accuracy 0\.100, chance 0\.100 \+ 0\.077\): train it first, or pass force"
+    with pytest.raises(ValueError, match=message):
+        fit(failing_after(task, 0, AssertionError("trained")), digits, SHORT, tmp_path, **ON_CPU | {"force": False})
+    assert "teacher on validation: balanced accuracy 0.100, chance 0.100" in capsys.readouterr().out
+    assert fit(make_task(), digits, SHORT, tmp_path, **ON_CPU).is_finished
+
+
+# chance .1 + 2 sqrt(.1 * .9 / 60) = .17746
+@pytest.mark.parametrize(("score", "passes"), [(0.177, False), (0.178, True)])
+def test_a_teacher_may_teach_from_two_standard_errors_above_chance(score, passes, make_task, digits, tmp_path, script):
+    task = failing_after(make_task(), 0, KeyboardInterrupt())
+    script(task, [(score, 1.0)])
+    with pytest.raises(KeyboardInterrupt if passes else ValueError):
+        fit(task, digits, SHORT, tmp_path, **ON_CPU | {"force": False})
+
+
+def test_a_teacher_is_measured_on_the_validation_part(make_task, digits, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(training.metrics, "classification", lambda p, labels: measured.append(labels) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(make_task(), digits, PAPER, tmp_path, **ON_CPU)
+    assert measured == [digits.val.labels]
+
+
+@pytest.fixture
+def taught(finished_run, alone):
+    """A student whose teacher is the network of the finished run."""
+    return DeiT(student=alone().student, teacher=finished_run.student())
+
+
+def test_a_teacher_from_a_run_of_the_same_fold_is_accepted(taught, digits, tmp_path):
+    assert fit(taught, digits, SHORT, tmp_path, **ON_CPU).is_finished
+
+
+def test_a_teacher_that_has_seen_test_images_is_refused_whatever_is_forced(taught, finished_run, digits, tmp_path):
+    other = hdkd_data.load("digits", image_size=16, fold=1)
+    seen = len({*digits.train.ids, *digits.val.ids} & {*other.test.ids})
+    message = rf"trained on {seen} of the {len(other.test)} test images \(grouped split, fold 0; here grouped, 1\)"
+    assert 0 < seen < len(other.test)
+    with pytest.raises(ValueError, match=message):
+        fit(taught, other, SHORT, tmp_path / "run", **ON_CPU)
+    assert not (tmp_path / "run").exists()
+    joined = digits.chosen_on_test()
+    one = replace(digits, test=Part(joined.train.images[-1:], *(p[-1:] for p in (joined.train.labels, joined.train.ids)), [0]))
+    with pytest.raises(ValueError, match="trained on 1 of the 1 test images"):  # one that it was chosen on
+        fit(taught, one, SHORT, tmp_path / "run", **ON_CPU)
+
+
+def test_images_of_the_same_names_in_another_data_set_are_others(taught, digits, tmp_path):
+    other = hdkd_data.load("digits", image_size=16, fold=1)
+    other = replace(other, train=digits.train, val=digits.val, config=other.config | {"content": "another"})
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(taught, 0, KeyboardInterrupt()), other, SHORT, tmp_path, **ON_CPU)
+
+
+def test_a_teacher_of_other_classes_is_refused(taught, digits, tmp_path):
+    renamed = replace(digits, classes=[f"digit {c}" for c in range(10)])
+    with pytest.raises(ValueError, match=r"trained on the classes 0, 1, .*, 9 and the data have digit 0, digit 1, .*train the"):
+        fit(taught, renamed, SHORT, tmp_path, **ON_CPU)
+
+
+# What is trained along
+
+
+def test_projections_are_trained_and_resumed_bitwise_and_are_no_part_of_the_student(build, digits, tmp_path):
+    def task(seed: int) -> HDKD:
+        teacher = build("test_resnet", seed=7)
+        return HDKD(student=build(seed=seed), teacher=teacher, projection=True)  # drawn after the student: by its seed too
+
+    whole, resumed = task(0), task(0)
+    before = {name: value.clone() for name, value in whole.auxiliary.state_dict().items()}
+    fit(whole, digits, SHORT, tmp_path / "whole", **ON_CPU)
+    after = whole.auxiliary.state_dict()
+    assert before
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(resumed, 3, KeyboardInterrupt()), digits, SHORT, tmp_path / "run", **ON_CPU)
+    resumed = task(99)
+    run = fit(resumed, digits, SHORT, tmp_path / "run", **ON_CPU)
+    assert_close(resumed.auxiliary.state_dict(), after, rtol=0, atol=0)
+    for which in ("best", "last"):
+        weights, expected = (load_file(tmp_path / folder / f"{which}.safetensors") for folder in ("run", "whole"))
+        assert_close(weights, expected, rtol=0, atol=0)
+        assert weights.keys() == build().state_dict().keys()
+    assert run.student()
 
 
 # The recipe
@@ -455,7 +598,7 @@ def test_image_files_are_cropped_once_and_decoded_images_by_the_augmentation(alo
 
 
 def test_bf16_trains(make_task, digits, recipe, tmp_path):
-    run = fit(make_task(), digits, replace(recipe, epochs=1), tmp_path, device="cpu", precision="bf16")
+    run = fit(make_task(), digits, replace(recipe, epochs=1), tmp_path, device="cpu", precision="bf16", force=True)
     assert run.config["precision"] == "bf16"
     assert run.history.filter(like="loss").notna().all(axis=None)
     assert run.metrics["best"]["test"]["nll"] > 0

@@ -76,6 +76,8 @@ def decode(source: Source, image_size: int, *, on_corrupt: str = "raise") -> tup
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright, three channels of 8 bits; 16-bit images are divided by 256 and transparency is dropped.
 
+    Integers of 32 bits count as 16-bit values unless none is above 255.
+
     Raises:
         ValueError: the pixels are floating-point numbers, whose range nobody knows.
     """
@@ -83,7 +85,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits ("I;16", or "I" from a PGM), which PIL would clip to 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        shift = 8 if image.mode != "I" or pixels.max() > 255 else 0
+        image = Image.fromarray((pixels >> shift).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -420,6 +420,8 @@ def _ham10000_table(folders: list[Path]) -> tuple[pd.DataFrame, str]:
             "without it nobody knows which images show one lesion"
         )
     truth = pd.read_csv(path).set_index("image")
+    if len(odd := truth[(truth.sum(axis=1) != 1) | (truth.max(axis=1) != 1)]):
+        raise ValueError(f"{len(odd)} rows of {path.name} do not name one class, the first is {odd.index[0]}")
     table = truth.idxmax(axis=1).str.lower().rename("dx").reset_index()
     table = table.merge(pd.read_csv(groups, dtype=str)[["image", "lesion_id"]], on="image", how="left", validate="1:1")
     if table.lesion_id.isna().any():

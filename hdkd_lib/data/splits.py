@@ -70,7 +70,8 @@ def split(
         number = group_images(np.asarray(hashes if pictures is None else pictures)[order], _take(groups, order))
     labels, position = labels[order], np.arange(len(order))
 
-    for c, name in enumerate(names):
+    is_published = protocol == "official" and "val" in parts  # nothing is folded
+    for c, name in enumerate(() if is_published else names):
         count = len(np.unique(number[labels == c]))
         if count < FOLDS:
             raise ValueError(
@@ -83,7 +84,7 @@ def split(
         rest, test = position[side != "test"], position[side == "test"]
     else:
         rest, test = _folds(position, labels, number, FOLDS, seed)[fold]
-    if protocol == "official" and "val" in parts:
+    if is_published:
         train, val = position[side == "train"], position[side == "val"]
     else:
         train, val = _folds(rest, labels, number, VALIDATION_FOLDS, seed)[0]

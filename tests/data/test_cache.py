@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hdkd_lib.data import cache as module
-from hdkd_lib.data.cache import decode
+from hdkd_lib.data.cache import decode, to_rgb
 from hdkd_lib.data.sources import Source
 
 RNG = np.random.default_rng(0)
@@ -315,3 +315,10 @@ def test_a_disk_that_is_really_full_ends_in_the_same_sentence_and_not_in_a_crash
     if child.exitcode == NO_MOUNT:
         pytest.skip("no small file system can be mounted here")
     assert child.exitcode == 0, "-7 is SIGBUS: a memory map met the full disk"
+
+
+def test_integers_of_32_bits_are_eight_bit_values_if_none_is_larger(tmp_path):
+    for level, expected in ((200, 200), (51_200, 200)):
+        Image.fromarray(np.full((8, 8), level, np.int32)).save(tmp_path / "i.tif")
+        with Image.open(tmp_path / "i.tif") as image:
+            assert np.asarray(to_rgb(image)).min() == np.asarray(to_rgb(image)).max() == expected

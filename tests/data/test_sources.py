@@ -489,6 +489,15 @@ def test_columns_that_ham10000s_table_lacks_are_named(ham_folder):
         open_source("ham10000", ham_folder)
 
 
+@pytest.mark.parametrize("row", ["0.0,0.0,0.0", "1.0,1.0,0.0", "0.5,0.5,0.0"])
+def test_a_row_of_isics_truth_that_does_not_name_one_class_is_refused(ham_folder, row):
+    as_isic(ham_folder)
+    truth = next(ham_folder.rglob("*GroundTruth.csv"))
+    truth.write_text(truth.read_text().replace("ISIC_0000001,1.0,0.0,0.0", f"ISIC_0000001,{row}"))
+    with pytest.raises(ValueError, match=r"1 rows of .*GroundTruth.csv do not name one class, the first is ISIC_0000001"):
+        open_source("ham10000", ham_folder)
+
+
 def test_isics_ham10000_needs_its_table_of_lesions(ham_folder):
     as_isic(ham_folder)
     groups = ham_folder / "ISIC2018_Task3_Training_LesionGroupings.csv"

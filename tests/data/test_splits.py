@@ -210,3 +210,9 @@ def test_a_split_that_cannot_be_made_is_refused_with_its_cause(options, message)
     labels = np.repeat([0, 1], [6, 34])
     with pytest.raises(ValueError, match=message):
         split(labels, [str(i) for i in range(40)], classes=["cat", "dog"], **options)
+
+
+def test_a_split_published_in_three_parts_needs_no_five_images_of_a_class():
+    published = {"parts": np.repeat(["train", "val", "test"], 2), "protocol": "official"}
+    parts = split(np.arange(6) % 2, list("abcdef"), **published)
+    assert {name: index.tolist() for name, index in parts.items()} == {"train": [0, 1], "val": [2, 3], "test": [4, 5]}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from hdkd_lib import models
-from hdkd_lib.methods import HDKD, Supervised
+from hdkd_lib.methods import HDKD, DeiT, Supervised
 from hdkd_lib.methods.base import Teacher
 
 
@@ -69,7 +69,7 @@ def test_a_description_is_plain_and_tells_settings_student_and_teacher(build):
     description = json.loads(json.dumps(task.describe()))
     assert description == {
         **{"name": "HDKD", "kind": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0, "stage_exponent": 1.0},
-        **{"reduction": "classes", "stages": [1, 2]},
+        **{"reduction": "classes", "stages": [1, 2], "stage_weighting": "index", "prediction": 0.5, "projection": False},
         "student": {"name": "hdkd_student_distilled_nano", "num_classes": 10, "img_size": 16},
         "teacher": {"name": "hdkd_teacher_nano", "num_classes": 10, "img_size": 16},
     }
@@ -112,12 +112,14 @@ def test_the_cross_entropy_does_not_smooth_probabilities_a_second_time(weights, 
 
 
 @pytest.mark.parametrize("is_soft", [False, True])
-@pytest.mark.parametrize("name", ["Supervised", "HDKD"])
+@pytest.mark.parametrize("name", ["Supervised", "HDKD", "DeiT"])
 def test_every_method_uses_the_weighted_and_smoothed_cross_entropy(name, is_soft, build, batch):
     images, target = batch[0], F.one_hot(batch[1], 10).float().mul(0.8).add(0.02) if is_soft else batch[1]
+    teacher = build("hdkd_teacher_nano", seed=7)
     if name == "HDKD":
-        teacher = build("hdkd_teacher_nano", seed=7)
         task = HDKD(student=build(), teacher=teacher, alpha=0.0, stages=()).eval()  # its cross-entropy alone
+    elif name == "DeiT":
+        task = DeiT(student=build("hdkd_student_nano"), teacher=teacher, alpha=0.0).eval()
     else:
         task = Supervised(student=build("hdkd_student_nano")).eval()
     plain = task(images, target)
@@ -129,8 +131,9 @@ def test_every_method_uses_the_weighted_and_smoothed_cross_entropy(name, is_soft
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_class_weights_do_not_reach_distillation(kind, build, batch):
-    task = HDKD(student=build(), teacher=build("hdkd_teacher_nano", seed=7), kind=kind, alpha=1.0).eval()
+@pytest.mark.parametrize("method", [HDKD, DeiT])
+def test_class_weights_do_not_reach_distillation(method, kind, build, batch):
+    task = method(student=build(), teacher=build("hdkd_teacher_nano", seed=7), kind=kind, alpha=1.0).eval()
     before = task(*batch)["loss"]
     task.class_weights, task.label_smoothing = WEIGHTS, 0.1
     assert_close(task(*batch)["loss"], before)

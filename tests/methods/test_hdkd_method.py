@@ -1,12 +1,14 @@
 """HDKD's losses, gradients and cost against the official code's values and faults."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from hdkd_lib.losses import soft_distillation
 from hdkd_lib.methods import HDKD
 from hdkd_lib.methods.hdkd import feature_loss
 from hdkd_lib.models.hdkd import convert_official_state_dict
@@ -109,8 +111,11 @@ def test_without_stages_only_logits_are_distilled_from_any_teacher(build, batch)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": -0.1}, r"alpha must be in \[0, 1\] \(got -0.1\)"),
-        ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
+        ({"alpha": -0.1}, r"alpha and prediction must be in \[0, 1\] \(got -0.1 and 0.5\)"),
+        ({"alpha": 1.5}, r"alpha and prediction must be in \[0, 1\] \(got 1.5 and 0.5\)"),
+        ({"prediction": -0.1}, r"alpha and prediction must be in \[0, 1\] \(got 0.5 and -0.1\)"),
+        ({"prediction": 1.1}, r"alpha and prediction must be in \[0, 1\] \(got 0.5 and 1.1\)"),
+        ({"stage_weighting": "depth"}, r"stage_weighting must be 'index' or 'number' \(got 'depth'\)"),
         ({"kind": "medium"}, "kind must be 'soft' or 'hard'"),
         ({"tau": 0}, "tau must be above 0"),
         ({"feature_weight": -1}, "feature_weight at least 0"),
@@ -125,11 +130,122 @@ def test_arguments_out_of_range_are_refused(settings, message, networks):
 
 
 def test_networks_that_do_not_fit_each_other_are_refused(build, networks):
-    with pytest.raises(ValueError, match="needs a student with a distillation token"):
-        HDKD(student=build("hdkd_student_nano"), teacher=networks["teacher"])
+    with pytest.raises(ValueError, match=r"HDKD needs a student such as hdkd_student_distilled \(got ResNet\)"):
+        HDKD(student=build("test_resnet"), teacher=networks["teacher"])
     with pytest.raises(ValueError, match="stage 3 has 48 channels at stride 8 in the student and 40 at stride 8 in"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", widths=(16, 24, 40)))
     with pytest.raises(ValueError, match="stage 1 has 16 channels at stride 2 in the student and 16 at stride 4 in"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", stem_stride=4, img_size=32))
     with pytest.raises(ValueError, match="the teacher has 4 classes and the student 10"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", num_classes=4))
+
+
+# Variants
+
+
+@pytest.mark.parametrize(("weighting", "weights"), [("index", (1, 4)), ("number", (4, 9))])
+def test_chosen_stages_are_weighted_by_their_index_or_their_number(weighting, weights, networks, batch):
+    task = HDKD(**networks, stages=(2, 3), stage_exponent=2, stage_weighting=weighting).eval()
+    ours, teachers = (net.forward_intermediates(batch[0], [1, 2])[1] for net in (task.student, task.teacher.network))
+    mse = [(t - s).square().mean() for t, s in zip(teachers, ours, strict=True)]
+    assert_close(task(*batch)["feature_loss"], weights[0] * mse[0] + weights[1] * mse[1])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_the_prediction_weighs_the_distillation_head_where_it_is_trained(weight, alpha, networks, batch):
+    task = HDKD(**networks, alpha=alpha, prediction=weight).eval()
+    tokens = task.student.forward_features(batch[0])
+    classes, distilled = task.student.head(tokens[:, 0]), task.student.head_dist(tokens[:, 1])
+    expected = (1 - weight) * classes + weight * distilled if alpha else classes
+    assert_close(task.predict(batch[0]), expected)
+    assert_close(task(*batch)["output"], expected)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_without_a_distillation_token_learns_all_by_its_class_token(kind, build, batch):
+    student, teacher = build("hdkd_student_nano"), build("hdkd_teacher_nano", seed=7)
+    task = HDKD(student=student, teacher=teacher, kind=kind, alpha=0.3, tau=2.0).eval()
+    result, logits, answers = task(*batch), student(batch[0]), teacher(batch[0])
+    distillation = soft_distillation(logits, answers, tau=2.0) if kind == "soft" else F.cross_entropy(logits, answers.argmax(1))
+    assert_close(result["logit_loss"], 0.7 * F.cross_entropy(logits, batch[1]) + 0.3 * distillation)
+    assert_close(result["loss"], result["logit_loss"] + 10 * result["feature_loss"])
+    assert_close(result["output"], logits)
+    assert_close(task.predict(batch[0]), logits)
+    result["loss"].backward()
+    assert student.head.weight.grad.any()
+
+
+def test_without_alpha_features_alone_are_distilled(networks, batch):
+    task = HDKD(**networks, alpha=0.0).eval()
+    result = task(*batch)
+    logits = task.student.head(task.student.forward_features(batch[0])[:, 0])
+    assert_close(result["logit_loss"], F.cross_entropy(logits, batch[1]))
+    assert_close(result["loss"], result["logit_loss"] + 10 * result["feature_loss"])
+    result["loss"].backward()
+    assert not task.student.head_dist.weight.grad.any()
+    assert next(task.student.stages.parameters()).grad.any()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings", "message"),
+    [
+        ("resnet18", {}, "stage 1 has 16 channels at stride 2 in the student and 64 at stride 2 in"),
+        ("resnet18", {"stages": (3,)}, "stage 3 has 48 channels at stride 8 in the student and 128 at stride 8 in"),
+        ("test_convnext", {"stages": (2,)}, "stage 2 has 24 channels at stride 4 in the student and 32 at stride 8 in"),
+        (
+            "test_convnext",
+            {"projection": True},
+            "stage 1 has 16 channels at stride 2 in the student and 24 at stride 4 in the teacher; take a teacher with the "
+            "student's stages, or pass projection=True for one that has stride 2 (it has 4, 8, 16, 32)",
+        ),
+    ],
+)
+def test_stages_of_other_shapes_are_refused_with_both_and_the_strides_that_the_teacher_has(
+    teacher, settings, message, build, networks
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HDKD(student=networks["student"], teacher=build(teacher), **settings)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "stages", "indices", "shapes"),
+    [
+        ("resnet18", (1, 2, 3), [0, 1, 2], {"projection1": (64, 16), "projection2": (64, 24), "projection3": (128, 48)}),
+        ("test_resnet", (1, 2, 3), [0, 1, 2], {"projection1": (32, 16), "projection2": (32, 24)}),  # its third has 48 itself
+        ("test_convnext", (2, 3), [0, 1], {"projection3": (32, 48)}),  # its first has stride 4 and 24 channels
+    ],
+)
+def test_projections_stand_where_widths_differ_at_equal_strides(teacher, stages, indices, shapes, build, batch):
+    task = HDKD(student=build(img_size=32), teacher=build(teacher, seed=7), stages=stages, projection=True).eval()
+    images = F.interpolate(batch[0], scale_factor=2)
+    assert {name: tuple(p.weight.shape[:2]) for name, p in task.auxiliary.items()} == shapes
+    maps = task.student.forward_intermediates(images, [stage - 1 for stage in stages])[1]
+    projected = [task.auxiliary[n](m) if (n := f"projection{s}") in shapes else m for s, m in zip(stages, maps, strict=True)]
+    result = task(images, batch[1])
+    theirs = task.teacher(images, indices)[1]
+    assert_close(result["feature_loss"], feature_loss(theirs, projected))
+    result["loss"].backward()
+    assert all(p.grad.any() for p in task.auxiliary.parameters())
+    assert not HDKD(student=build(), teacher=build("hdkd_teacher_nano"), projection=True).auxiliary
+
+
+@pytest.mark.parametrize(
+    ("stages", "momenta"), [((1, 2, 3), (0.3439, 0.271, 0.19)), ((2,), (0.19, 0.19, 0.1)), ((), (0.1, 0.1, 0.1))]
+)
+def test_following_the_paper_moves_statistics_as_often_as_its_code_runs_each_stage(stages, momenta, networks, batch):
+    task = HDKD(**networks, stages=stages)
+    repeated = copy.deepcopy(task.student).train()
+    task.follow_paper()
+    for stage, momentum in zip(task.student.stages, momenta, strict=True):
+        found = {m.momentum for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        assert [*found] == pytest.approx([momentum], abs=1e-12)
+    task.train()(*batch)
+    repeated(batch[0])
+    for last in stages:
+        x = batch[0]
+        for stage in repeated.stages[:last]:
+            x = stage(x)
+    ours, theirs = ({k: v for k, v in n.state_dict().items() if "running" in k} for n in (task.student, repeated))
+    assert ours
+    assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

@@ -35,6 +35,20 @@ def test_a_description_makes_the_same_network_again(build):
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
+@pytest.mark.parametrize(("name", "taken"), [("test_vit", {"img_size": 32}), ("test_resnet", {}), ("test_efficientnet", {})])
+def test_the_image_size_reaches_networks_that_take_it_and_no_others(name, taken):
+    model = models.create(name, num_classes=4, img_size=32)
+    assert model.creation == {"name": name, "num_classes": 4} | taken
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    again = models.create(**models.describe(model))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_other_arguments_that_a_network_does_not_take_are_refused():
+    with pytest.raises(TypeError, match="units"):
+        models.create("test_resnet", units=3)
+
+
 def test_a_description_follows_a_changed_classifier(build):
     model = build()
     model.reset_classifier(3)
