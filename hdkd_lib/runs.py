@@ -144,7 +144,10 @@ class Run:
         """
         model = models.create(**self.config["method"]["student"])
         split = pd.read_csv(self.path / "split.csv", dtype={"id": str})
-        model.trained_on = self.config["data"] | {"ids": set(split.id[split.part != "test"])}
+        model.trained_on = self.config["data"] | {
+            "ids": set(split.id[split.part != "test"]),
+            "protocol_of_training": self.config["recipe"].get("protocol", "honest"),
+        }
         return models.load_weights(model, self.path / f"{which}.safetensors").eval()
 
 

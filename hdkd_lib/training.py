@@ -77,7 +77,7 @@ def fit(
         "precision": precision,
     }
     if hasattr(task, "teacher"):
-        _check_provenance(task.teacher.network, data)
+        _check_provenance(task.teacher.network, data, recipe)
     run = Run.create(run_dir, config)
     with run.lock():
         if not run.is_finished:
@@ -85,10 +85,10 @@ def fit(
                 raise ValueError(
                     "this task's student is trained already, and a new run must not start from it; create both again"
                 )
-            task.is_fresh = False
             task.to(device, memory_format=torch.channels_last)
             if hasattr(task, "teacher"):
-                _check_skill(task, data, device, precision, force)
+                _check_skill(task, data, precision, force)
+            task.is_fresh = False
             if recipe.protocol == "paper":
                 data = data.chosen_on_test()
                 task.follow_paper()
@@ -199,7 +199,7 @@ def _train(
     checkpoint.unlink()
 
 
-def _check_provenance(teacher: nn.Module, data: Data) -> None:
+def _check_provenance(teacher: nn.Module, data: Data, recipe: Recipe) -> None:
     """A teacher that has seen the test images would carry them into its student."""
     origin = getattr(teacher, "trained_on", None)  # `Run.student` says so; other networks cannot
     if origin is None:
@@ -210,6 +210,10 @@ def _check_provenance(teacher: nn.Module, data: Data) -> None:
             f"{', '.join(data.classes)}; train the teacher on the student's data"
         )
     seen = origin["ids"].intersection(data.test.ids) if origin["content"] == data.config["content"] else ()
+    if origin["protocol_of_training"] == "paper" and recipe.protocol != "paper":
+        raise ValueError(
+            "the teacher's epoch was chosen on its test part (protocol 'paper'): it can teach under the same protocol only"
+        )
     if seen:
         raise ValueError(
             f"the teacher was trained on {len(seen)} of the {len(data.test)} test images ({origin['protocol']} split, fold "
@@ -217,7 +221,7 @@ def _check_provenance(teacher: nn.Module, data: Data) -> None:
         )
 
 
-def _check_skill(task: Method, data: Data, device: torch.device, precision: str, force: bool) -> None:
+def _check_skill(task: Method, data: Data, precision: str, force: bool) -> None:
     """Says what the teacher knows before anything is learned from it."""
     probe = Supervised(student=task.teacher.network).eval()
     scores = metrics.classification(predict(probe, data.val, precision=precision), data.val.labels)

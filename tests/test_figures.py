@@ -107,6 +107,31 @@ def test_confusions_stand_side_by_side_coloured_by_the_share_of_the_true_class()
     assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 0]
 
 
+def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides():
+    rows = [("a", "b", "exact", 0, False, False), ("c", "d", "near", 9, False, True), ("a", "d", "near", 4, True, True)]
+    pairs = pd.DataFrame(rows, columns=["a", "b", "kind", "bits", "is_conflict", "is_crossing"])
+    pairs = pairs.assign(label_a="cat", label_b="dog", part_a="train", part_b="test")
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 5, 5) * 50
+    figure = figures.duplicate_pairs(pairs, list("abcd"), images)
+    shown = np.array([axis.images[0].get_array()[0, 0, 0] // 50 for axis in figure.axes]).reshape(2, 3)
+    assert shown.T.tolist() == [[0, 3], [2, 3], [0, 1]]
+    assert [axis.get_title() for axis in figure.axes[::3]] == ["train\ncat", "test\ndog"]
+    assert [axis.texts[0].get_text() for axis in figure.axes[3:]] == ["near, 4 bits", "near, 9 bits", "exact, 0 bits"]
+    assert len(figures.duplicate_pairs(pairs, list("abcd"), images, count=1).axes) == 2
+    empty = figures.duplicate_pairs(pairs[:0], list("abcd"), images)
+    assert empty.axes[0].texts[0].get_text() == "no duplicates found"
+
+
+def test_optimism_has_a_panel_per_classifier_and_a_mean_per_protocol():
+    rows = [(p, c, 0.1 * n + f / 100) for n, p in enumerate(["random", "grouped"]) for c in ("knn", "lr") for f in range(5)]
+    scores = pd.DataFrame(rows, columns=["protocol", "classifier", "balanced_accuracy"])
+    figure = figures.optimism(scores)
+    assert [axis.get_title() for axis in figure.axes] == ["knn", "lr"]
+    for axis in figure.axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["random", "grouped"]
+        assert [bar.lines[0].get_ydata()[0] for bar in axis.containers] == pytest.approx([0.02, 0.12])
+
+
 def test_the_same_figure_gives_the_same_file(history, tmp_path):
     paths = [figures.save(figures.curves({"hdkd": history}), tmp_path / "new" / f"{i}.png") for i in range(2)]
     assert paths[0].read_bytes() == paths[1].read_bytes()

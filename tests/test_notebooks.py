@@ -50,9 +50,9 @@ def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
     command += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval.cfg"), "-p", "no:cacheprovider"]
     notebook = nbformat.read(copy, 4)
     output = next(
-        o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "train: 1257" in o.get("text", "")
+        o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "images: 1797" in o.get("text", "")
     )
-    output["text"] = output["text"].replace("train: 1257", "train: 1258")
+    output["text"] = output["text"].replace("images: 1797", "images: 1798")
     nbformat.write(notebook, copy)
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 1

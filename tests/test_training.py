@@ -152,15 +152,15 @@ def test_another_teacher_is_another_configuration(build, make_task, digits, reci
 
 @pytest.fixture
 def script(monkeypatch):
-    """`script(task, scores)`: the first validations score these (balanced accuracy, nll); gives the weights at each."""
+    """`script(task, scores)`: the first validations score these (by `names`); gives the weights at each."""
 
-    def script(task, scores, criterion="balanced_accuracy"):
+    def script(task, scores, names=("balanced_accuracy", "nll")):
         scripted, weights, measure = iter(scores), [], training.metrics.classification
 
         def classification(probabilities, labels):
             weights.append({name: value.clone() for name, value in task.student.state_dict().items()})
             score = next(scripted, None)
-            return measure(probabilities, labels) | ({criterion: score[0], "nll": score[1]} if score else {})
+            return measure(probabilities, labels) | (dict(zip(names, score, strict=True)) if score else {})
 
         monkeypatch.setattr(training.metrics, "classification", classification)
         return weights
@@ -270,7 +270,8 @@ PAPER = replace(SHORT, protocol="paper")
 
 def test_the_papers_protocol_chooses_the_epoch_by_accuracy_on_the_test_part(alone, digits, tmp_path, script):
     task = alone()
-    weights = script(task, [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.6, 0.1)], criterion="accuracy")
+    scores = [(0.5, 0.9, 1.0), (0.7, 0.1, 0.9), (0.7, 0.1, 0.8), (0.6, 0.2, 0.1)]
+    weights = script(task, scores, names=("accuracy", "balanced_accuracy", "nll"))
     run = fit(task, digits, replace(PAPER, epochs=4), tmp_path, **ON_CPU)
     assert run.metrics["best"]["epoch"] == 2
     assert_close(load_file(run.path / "best.safetensors"), weights[2], rtol=0, atol=0)
@@ -325,12 +326,19 @@ def test_a_teacher_at_chance_is_refused_with_its_numbers_unless_forced(make_task
     assert fit(make_task(), digits, SHORT, tmp_path, **ON_CPU).is_finished
 
 
+def test_a_task_whose_teacher_was_refused_can_be_forced(make_task, digits, tmp_path):
+    task = make_task()
+    with pytest.raises(ValueError, match="no better than chance"):
+        fit(task, digits, SHORT, tmp_path, **ON_CPU | {"force": False})
+    assert fit(task, digits, SHORT, tmp_path, **ON_CPU).is_finished
+
+
 # chance .1 + 2 sqrt(.1 * .9 / 60) = .17746
 @pytest.mark.parametrize(("score", "passes"), [(0.177, False), (0.178, True)])
 def test_a_teacher_may_teach_from_two_standard_errors_above_chance(score, passes, make_task, digits, tmp_path, script):
-    task = failing_after(make_task(), 0, KeyboardInterrupt())
+    task = failing_after(make_task(), 0, ValueError("taught"))
     script(task, [(score, 1.0)])
-    with pytest.raises(KeyboardInterrupt if passes else ValueError):
+    with pytest.raises(ValueError, match="taught" if passes else "no better than chance"):
         fit(task, digits, SHORT, tmp_path, **ON_CPU | {"force": False})
 
 
@@ -369,8 +377,15 @@ def test_a_teacher_that_has_seen_test_images_is_refused_whatever_is_forced(taugh
 def test_images_of_the_same_names_in_another_data_set_are_others(taught, digits, tmp_path):
     other = hdkd_data.load("digits", image_size=16, fold=1)
     other = replace(other, train=digits.train, val=digits.val, config=other.config | {"content": "another"})
-    with pytest.raises(KeyboardInterrupt):
-        fit(failing_after(taught, 0, KeyboardInterrupt()), other, SHORT, tmp_path, **ON_CPU)
+    with pytest.raises(ValueError, match="taught"):
+        fit(failing_after(taught, 0, ValueError("taught")), other, SHORT, tmp_path, **ON_CPU)
+
+
+def test_a_teacher_chosen_on_its_test_part_teaches_under_the_papers_protocol_alone(taught, digits, tmp_path):
+    taught.teacher.network.trained_on["protocol_of_training"] = "paper"
+    with pytest.raises(ValueError, match="epoch was chosen on its test part"):
+        fit(taught, digits, SHORT, tmp_path, **ON_CPU)
+    assert fit(taught, digits, PAPER, tmp_path, **ON_CPU).is_finished
 
 
 def test_a_teacher_of_other_classes_is_refused(taught, digits, tmp_path):

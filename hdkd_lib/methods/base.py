@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdkd_lib import models
+from hdkd_lib.losses import logit_distillation
 
 
 class Method(timm.task.TrainingTask):
@@ -99,6 +100,24 @@ class Distillation(Method):
                 "train the teacher on the student's classes"
             )
         self.teacher = Teacher(teacher, student)
+
+    def set_logit_distillation(self, *, kind: str, alpha: float, tau: float, reduction: str) -> None:
+        """Keeps what `losses.logit_distillation` needs, and alpha, its weight against cross-entropy.
+
+        Raises:
+            ValueError: one of them is out of range.
+        """
+        if kind not in ("soft", "hard"):
+            raise ValueError(f"kind must be 'soft' or 'hard' (got {kind!r})")
+        if not 0 <= alpha <= 1 or tau <= 0:
+            raise ValueError(f"alpha must be in [0, 1] and tau above 0 (got {alpha} and {tau})")
+        if reduction not in ("classes", "batchmean"):
+            raise ValueError(f"reduction must be 'classes' or 'batchmean' (got {reduction!r})")
+        self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
+
+    def logit_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distillation of logits (B, C) by what was set."""
+        return logit_distillation(student, teacher, kind=self.kind, tau=self.tau, reduction=self.reduction)
 
     def describe(self) -> dict:
         return {**super().describe(), "teacher": models.describe(self.teacher.network)}

@@ -12,7 +12,6 @@ et al. 2015 (arXiv 1503.02531), for any timm network.
 
 from torch import Tensor, nn
 
-from hdkd_lib.losses import logit_distillation
 from hdkd_lib.methods.base import Distillation
 
 
@@ -42,11 +41,7 @@ class DeiT(Distillation):
         reduction: str = "classes",
     ):
         super().__init__(student=student, teacher=teacher)
-        if kind not in ("hard", "soft"):
-            raise ValueError(f"kind must be 'hard' or 'soft' (got {kind!r})")
-        if not 0 <= alpha <= 1 or tau <= 0:
-            raise ValueError(f"alpha must be in [0, 1] and tau above 0 (got {alpha} and {tau})")
-        self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
+        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction=reduction)
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
@@ -58,9 +53,7 @@ class DeiT(Distillation):
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
         teacher_logits, _ = self.teacher(images)
         class_loss = self.cross_entropy(class_logits, target)
-        distillation = logit_distillation(
-            distillation_logits, teacher_logits, kind=self.kind, tau=self.tau, reduction=self.reduction
-        )
+        distillation = self.logit_loss(distillation_logits, teacher_logits)
         return {
             "loss": (1 - self.alpha) * class_loss + self.alpha * distillation,
             "output": (class_logits + distillation_logits) / 2,

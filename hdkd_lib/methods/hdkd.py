@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdkd_lib.losses import logit_distillation
 from hdkd_lib.methods.base import Distillation
 from hdkd_lib.models.hdkd import HDKDStudent
 
@@ -73,20 +72,18 @@ class HDKD(Distillation):
         projection: bool = False,
     ):
         super().__init__(student=student, teacher=teacher)
-        if kind not in ("soft", "hard"):
-            raise ValueError(f"kind must be 'soft' or 'hard' (got {kind!r})")
+        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction=reduction)
         if stage_weighting not in ("index", "number"):
             raise ValueError(f"stage_weighting must be 'index' or 'number' (got {stage_weighting!r})")
-        if not 0 <= alpha <= 1 or not 0 <= prediction <= 1:
-            raise ValueError(f"alpha and prediction must be in [0, 1] (got {alpha} and {prediction})")
-        if tau <= 0 or feature_weight < 0:
-            raise ValueError(f"tau must be above 0 and feature_weight at least 0 (got {tau} and {feature_weight})")
+        if not 0 <= prediction <= 1 or feature_weight < 0:
+            raise ValueError(
+                f"prediction must be in [0, 1] and feature_weight at least 0 (got {prediction} and {feature_weight})"
+            )
         if not isinstance(student, HDKDStudent):
             raise ValueError(f"HDKD needs a student such as hdkd_student_distilled (got {type(student).__name__})")
         count = len(student.stages)
         if list(stages) != sorted(set(stages) & set(range(1, count + 1))):
             raise ValueError(f"stages must be ascending numbers from 1 to {count} (got {list(stages)})")
-        self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
         self.feature_weight, self.stages, self.stage_exponent = feature_weight, tuple(stages), stage_exponent
         self.stage_weighting, self.prediction, self.projection = stage_weighting, prediction, projection
         self.teacher_stages = self._align(student, teacher)
@@ -133,9 +130,7 @@ class HDKD(Distillation):
         teacher_logits, teacher_maps = self.teacher(images, self.teacher_stages)
         class_logits, distillation_logits = self._heads(tokens)
 
-        distillation = logit_distillation(
-            distillation_logits, teacher_logits, kind=self.kind, tau=self.tau, reduction=self.reduction
-        )
+        distillation = self.logit_loss(distillation_logits, teacher_logits)
         logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
         features = logit_loss.new_zeros(())
         if indices:

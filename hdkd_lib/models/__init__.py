@@ -24,7 +24,7 @@ def create(name: str, **kwargs) -> nn.Module:
     try:
         model = timm.create_model(name, **kwargs)
     except TypeError as error:
-        if "img_size" not in str(error):
+        if "img_size" not in kwargs or "'img_size'" not in str(error):
             raise
         kwargs.pop("img_size")  # a CNN takes any size
         model = timm.create_model(name, **kwargs)

@@ -101,10 +101,11 @@ def test_training_leaves_the_teacher_bitwise_as_it_was(networks, batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "medium"}, r"kind must be 'hard' or 'soft' \(got 'medium'\)"),
+        ({"kind": "medium"}, r"kind must be 'soft' or 'hard' \(got 'medium'\)"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\] and tau above 0 \(got -0.1 and 1.0\)"),
         ({"alpha": 1.1}, r"alpha must be in \[0, 1\] and tau above 0 \(got 1.1 and 1.0\)"),
         ({"tau": 0}, r"tau above 0 \(got 0.5 and 0\)"),
+        ({"reduction": "mean"}, r"reduction must be 'classes' or 'batchmean' \(got 'mean'\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(settings, message, build):
