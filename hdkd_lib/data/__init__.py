@@ -3,16 +3,18 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from hdkd_lib.data import leakage
 from hdkd_lib.data.batches import Files, Part, Rows
 from hdkd_lib.data.cache import Signatures, decode
-from hdkd_lib.data.leakage import Audit
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import group_images, split
+
+if TYPE_CHECKING:  # `load` imports it when needed: it is a program too, which must not be imported before it runs
+    from hdkd_lib.data.leakage import Audit
 
 CACHE_LIMIT = 64 * 2**30  # bytes: sets that are larger when decoded are read from their files
 
@@ -37,7 +39,7 @@ class Data:
     config: dict
     source: Source
     signatures: Signatures | None = None
-    audit: Audit | None = None
+    audit: "Audit | None" = None
 
     def chosen_on_test(self) -> "Data":
         """As papers do that have no validation part: it joins training, and the test part chooses the epoch."""
@@ -102,6 +104,8 @@ def load(
         signatures = audit = None
     else:
         source, images, signatures = decode(source, image_size, on_corrupt=on_corrupt)
+        from hdkd_lib.data import leakage
+
         audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed)
     groups = group_images(np.arange(len(source.ids)) if audit is None else audit.pictures, source.groups)
@@ -143,14 +147,14 @@ def _identity(source: Source, signatures: Signatures | None) -> np.ndarray:
     return signatures.hashes if signatures else np.array([hashlib.sha1(i.encode()).hexdigest()[:16] for i in source.ids])
 
 
-def _split(source: Source, signatures: Signatures | None, audit: Audit | None, **options) -> dict[str, np.ndarray]:
+def _split(source: Source, signatures: Signatures | None, audit: "Audit | None", **options) -> dict[str, np.ndarray]:
     return split(
         source.labels, _identity(source, signatures), pictures=audit and audit.pictures, groups=source.groups,
         parts=source.parts, classes=source.classes, **options,
     )  # fmt: skip
 
 
-def _card(source: Source, audit: Audit | None, groups: np.ndarray, parts: dict[str, Part], protocol: str) -> dict:
+def _card(source: Source, audit: "Audit | None", groups: np.ndarray, parts: dict[str, Part], protocol: str) -> dict:
     """What a reader must know of the set, and what was counted in it."""
     return {
         **source.card,

@@ -1,4 +1,7 @@
 import hashlib
+import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -325,3 +328,12 @@ def test_one_picture_of_ham10000_under_two_lesions_ends_in_one_group(real):
     assert ((pairs.a == "ISIC_0025226") & (pairs.b == "ISIC_0030074")).sum() == 1
     assert data.audit.pictures[twins[0]] == data.audit.pictures[twins[1]]
     assert data.card["groups"] < 7470
+
+
+def test_the_command_starts_without_a_warning(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "hdkd_lib.data.leakage", str(tmp_path / "nowhere")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 2
+    assert re.fullmatch(r"no data folder at .*nowhere; correct root= or the variable HDKD_DATA\n", answer.stderr)
