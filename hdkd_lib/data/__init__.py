@@ -44,13 +44,12 @@ class Data:
     def chosen_on_test(self) -> "Data":
         """As papers do that have no validation part: it joins training, and the test part chooses the epoch."""
         train, val = self.train, self.val
-        images = train.images[:] if isinstance(train.images, torch.Tensor) else train.images
-        if isinstance(images, Rows):
-            images = Rows(images.store, torch.cat([images.rows, val.images.rows]).numpy())
-        elif isinstance(images, Files):
-            images = Files(images.paths + val.images.paths, images.shape[-1])
+        if isinstance(train.images, Rows):
+            images = Rows(train.images.store, torch.cat([train.images.rows, val.images.rows]).numpy())
+        elif isinstance(train.images, Files):
+            images = Files(train.images.paths + val.images.paths, train.images.shape[-1])
         else:
-            images = torch.cat([images, val.images[:]])
+            images = torch.cat([train.images, val.images])
         groups = np.concatenate([train.groups, val.groups])
         return replace(
             self, train=Part(images, torch.cat([train.labels, val.labels]), train.ids + val.ids, groups), val=self.test
