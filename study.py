@@ -3,8 +3,9 @@
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
     python study.py publish smoke           # copy what a reader needs to results/published/
 
-A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, fold), `threads` per run, and
-`runs`: a notebook each, its own `parameters`, and `teacher`, the run whose result with the same replicate is its teacher.
+A plan has `parameters` for every run, `notebooks` (parameters for every run of a notebook), `replicates` (what differs between
+repetitions: seed, fold), `threads` per run, and `runs`: a notebook each, its own `parameters`, and `teacher`, the run whose
+result with the same replicate is its teacher. A plan that `extends` another differs from it in what it says itself.
 
 Nothing here imports the library: a job's process starts in a second, its notebook imports what it needs.
 """
@@ -35,29 +36,54 @@ def expand(plan: str) -> dict:
     Raises:
         ValueError: unknown plan, notebook, teacher or key, or a parameter that the notebook does not have.
     """
-    from ruamel.yaml import YAML
-
-    path = NOTEBOOKS / "plans" / f"{plan}.yaml"
-    content = YAML(typ="safe", pure=True).load(_known(plan, [f.stem for f in path.parent.glob("*.yaml")], "plan") and path)
-    for key in content:
-        _known(key, ["parameters", "replicates", "threads", "runs"], f"key in {path.name}")
+    content = _read(plan)
     jobs = {}
     for kind, run in content["runs"].items():
         for key in run:
-            _known(key, ["notebook", "parameters", "teacher"], f"key of run {kind} in {path.name}")
+            _known(key, ["notebook", "parameters", "teacher"], f"key of run {kind} in {plan}.yaml")
         for replicate in content["replicates"]:
             suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
             name = f"{kind}{suffix}"
-            parameters = {**content.get("parameters", {}), **run.get("parameters", {}), **replicate}
+            levels = (
+                content.get("parameters"),
+                content.get("notebooks", {}).get(run["notebook"]),
+                run.get("parameters"),
+                replicate,
+            )
+            parameters = {key: value for level in levels for key, value in (level or {}).items()}
             needs = []
             if "teacher" in run:
-                needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {path.name}") + suffix]
+                needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {plan}.yaml") + suffix]
             jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
     for name, notebook in (("tables", "09_tables"), ("figures", "10_figures")):
         jobs[name] = {"notebook": notebook, "parameters": {}, "needs": [], "report": True}
+    for name in content.get("notebooks", {}):
+        _known(name, [run["notebook"] for run in content["runs"].values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
         _check_parameters(name, job)
     return {"threads": content.get("threads", 1), "jobs": jobs}
+
+
+def _read(plan: str) -> dict:
+    """The plan's file, with what it takes from the plan that it extends."""
+    from ruamel.yaml import YAML
+
+    folder = NOTEBOOKS / "plans"
+    path = folder / f"{_known(plan, [file.stem for file in folder.glob('*.yaml')], 'plan')}.yaml"
+    content = YAML(typ="safe", pure=True).load(path)
+    for key in content:
+        _known(key, ["extends", "parameters", "notebooks", "replicates", "threads", "runs"], f"key in {path.name}")
+    if "extends" not in content:
+        return content
+    base = _read(content["extends"])
+    own = {key: content[key] for key in ("replicates", "threads") if key in content}
+    for key in ("parameters", "runs"):
+        own[key] = base.get(key, {}) | content.get(key, {})
+    notebooks = [plan.get("notebooks", {}) for plan in (base, content)]
+    own["notebooks"] = {
+        name: {**notebooks[0].get(name, {}), **notebooks[1].get(name, {})} for name in {**notebooks[0], **notebooks[1]}
+    }
+    return base | own
 
 
 def paths(name: str, job: dict, folder: Path) -> dict[str, str]:
