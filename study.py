@@ -4,8 +4,9 @@
     python study.py publish smoke           # copy what a reader needs to results/published/
 
 A plan has `parameters` for every run, `notebooks` (parameters for every run of a notebook), `replicates` (what differs between
-repetitions: seed, fold), `threads` per run, and `runs`: a notebook each, its own `parameters`, and `teacher`, the run whose
-result with the same replicate is its teacher. A plan that `extends` another differs from it in what it says itself.
+repetitions: seed, fold), `threads` per run, `reports` (notebooks that show the result), and `runs`: a notebook each, its own
+`parameters`, and `teacher`, the run whose result with the same replicate is its teacher. A plan that `extends` another differs
+from it in what it says itself.
 
 Nothing here imports the library: a job's process starts in a second, its notebook imports what it needs.
 """
@@ -55,8 +56,8 @@ def expand(plan: str) -> dict:
             if "teacher" in run:
                 needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {plan}.yaml") + suffix]
             jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
-    for name, notebook in (("tables", "09_tables"), ("figures", "10_figures")):
-        jobs[name] = {"notebook": notebook, "parameters": {}, "needs": [], "report": True}
+    for notebook in content.get("reports", ["09_tables", "10_figures"]):
+        jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": {}, "needs": [], "report": True}
     for name in content.get("notebooks", {}):
         _known(name, [run["notebook"] for run in content["runs"].values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
@@ -72,11 +73,11 @@ def _read(plan: str) -> dict:
     path = folder / f"{_known(plan, [file.stem for file in folder.glob('*.yaml')], 'plan')}.yaml"
     content = YAML(typ="safe", pure=True).load(path)
     for key in content:
-        _known(key, ["extends", "parameters", "notebooks", "replicates", "threads", "runs"], f"key in {path.name}")
+        _known(key, ["extends", "parameters", "notebooks", "replicates", "threads", "runs", "reports"], f"key in {path.name}")
     if "extends" not in content:
         return content
     base = _read(content["extends"])
-    own = {key: content[key] for key in ("replicates", "threads") if key in content}
+    own = {key: content[key] for key in ("replicates", "threads", "reports") if key in content}
     for key in ("parameters", "runs"):
         own[key] = base.get(key, {}) | content.get(key, {})
     notebooks = [plan.get("notebooks", {}) for plan in (base, content)]
@@ -196,8 +197,11 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
             print(f"not finished: {name} ({folder / name / 'run.ipynb'}); start the plan again to go on", file=sys.stderr)
     if code:
         return 1
-    print((folder / "tables" / "summary.md").read_text())
-    files = [*sorted((folder / "tables").glob("*.csv")), *sorted((folder / "figures").glob("*.png"))]
+    reports = [folder / name for name, job in expanded["jobs"].items() if job["report"]]
+    for report in reports:
+        for table in sorted(report.glob("*.md")):
+            print(table.read_text())
+    files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".png")]
     print("Tables and figures:", *files, sep="\n  ")
     return 0
 
@@ -207,6 +211,8 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
     if not jobs_file.exists():
         return
     before = json.loads(jobs_file.read_text())["jobs"]
+    if before != expanded["jobs"]:
+        (jobs_file.parent / "reports.done").unlink(missing_ok=True)
     for name, job in before.items():
         path = jobs_file.parent / name
         if path.exists() and expanded["jobs"].get(name) != job:
@@ -237,8 +243,8 @@ def publish(plan: str) -> Path:
         split = aside / "splits" / f"{data['dataset']}-{data['protocol']}-fold{data['fold']}-fraction{data['fraction']:g}.csv"
         split.parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name / "split.csv", split)
-    shutil.copytree(source / "tables", aside / "tables", ignore=shutil.ignore_patterns("*.ipynb"))
-    shutil.copytree(source / "figures", aside / "figures", ignore=shutil.ignore_patterns("*.ipynb"))
+    for name in (name for name, job in expanded["jobs"].items() if job["report"]):
+        shutil.copytree(source / name, aside / name, ignore=shutil.ignore_patterns("*.ipynb"))
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
     files = sorted(file for file in aside.rglob("*") if file.is_file())
     manifest = {

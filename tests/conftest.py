@@ -19,7 +19,7 @@ from torch import nn
 from hdkd_lib import data, models
 from hdkd_lib.data.batches import Part
 from hdkd_lib.methods import HDKD
-from hdkd_lib.models.hdkd import convert_official_state_dict
+from hdkd_lib.models.official import convert_official_state_dict
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.training import fit
 

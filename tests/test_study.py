@@ -64,6 +64,19 @@ def test_plans_are_read_as_yaml_1_2(plan):
     assert jobs["student-seed0"]["parameters"]["protocol"] == "no"
 
 
+def test_a_plan_that_extends_another_differs_in_what_it_says_alone(plan):
+    plan(TINY.replace("runs:", "notebooks: {03_student: {network: hdkd_student, epochs: 2}}\nruns:"), "base")
+    larger = "extends: base\nparameters: {image_size: 64}\nnotebooks: {03_student: {network: vit_tiny_patch16_224}}\nthreads: 2"
+    larger += "\nruns: {resnet: {notebook: 02_teacher}}\nreports: [09_tables]"
+    base, own = study.expand("base"), study.expand(plan(larger))
+    assert own["threads"] == 2
+    assert own["jobs"].keys() == {"teacher-seed0", "student-seed0", "resnet-seed0", "tables"}
+    student = base["jobs"]["student-seed0"]["parameters"]
+    assert (student["network"], student["epochs"]) == ("hdkd_student_nano", 2)  # a run's own parameters come last
+    assert own["jobs"]["student-seed0"]["parameters"] == student | {"image_size": 64}
+    assert "network" not in own["jobs"]["resnet-seed0"]["parameters"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -147,6 +160,11 @@ def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_run
     assert mended.returncode == 0, mended.stderr
     assert (folder / "teacher-seed0" / "metrics.json").stat().st_mtime_ns == teacher_time
     assert (folder / "figures" / "comparison.png").exists()
+    plan = fake / "notebooks" / "plans" / "fake.yaml"
+    plan.write_text(plan.read_text().replace("runs: {", "runs: {another: {notebook: 02_teacher}, "))
+    extended = subprocess.run(command, cwd=fake, capture_output=True, text=True)
+    assert extended.returncode == 0, extended.stderr
+    assert (folder / "another-seed0" / "metrics.json").exists()  # a table that is there does not stand for it
     published = subprocess.run([sys.executable, "study.py", "publish", "fake"], cwd=fake, capture_output=True, text=True)
     assert published.returncode == 1  # these notebooks write no history
 

@@ -7,8 +7,7 @@ the official code (omarsherif200/HDKD at f7c7dae). The `_nano` networks, for CPU
 All are timm models: `timm.create_model("hdkd_student_distilled", num_classes=7, img_size=64)`.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -368,54 +367,3 @@ def hdkd_student_distilled_nano(pretrained: bool = False, **kwargs) -> HDKDStude
     """`hdkd_student_nano` with a distillation token and head."""
     nano = _NANO | {"units": (1, 1, 2), "embed_dim": 64, "depth": 2, "distilled": True}
     return _create(HDKDStudent, "hdkd_student_distilled_nano", pretrained, **(nano | kwargs))
-
-
-# Official parameter name -> ours, in the order in which they are tried.
-_OFFICIAL_NAMES = [
-    (r"^stage1\.(\d+)\.(\d)\.", r"stages.0.\1.\2."),
-    (r"^stage2\.", "stages.1."),
-    (r"^stage3\.", "stages.2."),
-    (r"\.proj\.", ".shortcut.1."),
-    (r"\.conv\.norm\.", ".norm."),
-    (r"\.conv\.fn\.0\.", ".expand."),
-    (r"\.conv\.fn\.1\.", ".expand_norm."),
-    (r"\.conv\.fn\.3\.", ".depthwise."),
-    (r"\.conv\.fn\.4\.", ".depthwise_norm."),
-    (r"\.conv\.fn\.6\.spatial_attention\.conv1\.", ".gate.spatial.conv."),
-    (r"\.conv\.fn\.6\.channel_attention\.fc\.", ".gate.channel.mlp."),
-    (r"\.conv\.fn\.7\.", ".project."),
-    (r"\.conv\.fn\.8\.", ".project_norm."),
-    (r"^fn1\.", "fc."),
-    (r"^classifier\.", "head."),
-    (r"^head_cls\.", "head."),
-    (r"^head_distill\.", "head_dist."),
-    (r"^DFLT_module\.to_patch_embedding\.1\.", "patch_embed.norm_in."),
-    (r"^DFLT_module\.to_patch_embedding\.2\.", "patch_embed.proj."),
-    (r"^DFLT_module\.to_patch_embedding\.3\.", "patch_embed.norm_out."),
-    (r"^DFLT_module\.pos_embedding", "pos_embed"),
-    (r"^DFLT_module\.cls_token", "cls_token"),
-    (r"^DFLT_module\.distill_token", "dist_token"),
-    (r"^DFLT_module\.transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.attn.norm."),
-    (r"^DFLT_module\.transformer\.layers\.(\d+)\.0\.to_qkv\.", r"blocks.\1.attn.qkv."),
-    (r"^DFLT_module\.transformer\.layers\.(\d+)\.0\.to_out\.0\.", r"blocks.\1.attn.proj."),
-    (r"^DFLT_module\.transformer\.layers\.(\d+)\.1\.net\.0\.", r"blocks.\1.mlp.0."),
-    (r"^DFLT_module\.transformer\.layers\.(\d+)\.1\.net\.3\.", r"blocks.\1.mlp.2."),
-    (r"^DFLT_module\.transformer\.norm\.", "norm."),
-]
-
-
-def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the entries of an official checkpoint of the teacher or of either student to ours; the tensors are not copied.
-
-    Raises:
-        ValueError: the entries are not those of an official HDKD network.
-    """
-    converted = {}
-    for official in state_dict:
-        name = official.removeprefix("module.")  # left by nn.DataParallel
-        if not re.match(r"(stage[123]|fn1|classifier|head_cls|head_distill|DFLT_module)\.", name):
-            raise ValueError(f"not a checkpoint of the official HDKD code: it has no network part for the entry {official!r}")
-        for pattern, ours in _OFFICIAL_NAMES:
-            name = re.sub(pattern, ours, name)
-        converted[name] = state_dict[official]
-    return converted

@@ -21,7 +21,7 @@ import torch
 
 from hdkd_lib import models, runs
 from hdkd_lib.methods import HDKD
-from hdkd_lib.models.hdkd import convert_official_state_dict
+from hdkd_lib.models.official import convert_official_state_dict
 from hdkd_lib.training import autocast, resolve_device, resolve_precision
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from hdkd_lib.losses import soft_distillation
 from hdkd_lib.methods import HDKD
 from hdkd_lib.methods.hdkd import feature_loss
-from hdkd_lib.models.hdkd import convert_official_state_dict
+from hdkd_lib.models.official import convert_official_state_dict
 
 
 @pytest.fixture

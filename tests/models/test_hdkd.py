@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from hdkd_lib import models
-from hdkd_lib.models.hdkd import convert_official_state_dict
+from hdkd_lib.models.official import convert_official_state_dict
 
 FULL = ["hdkd_teacher", "hdkd_student", "hdkd_student_distilled"]
 NAMES = [name + size for name in FULL for size in ("", "_nano")]

@@ -1,0 +1,80 @@
+"""What trained networks look at: attention of transformer tokens, Grad-CAM of convolutional stages."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class _RecordAttention(TorchFunctionMode):
+    """Computes softmax(q k^T / sqrt(d)) beside every fused attention, which does not keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            mask = (kwargs or {}).get("attn_mask")
+            scores = query.float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
+            self.maps.append((scores if mask is None else scores + mask).softmax(-1))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Attention (B, heads, N, N) of every block of a transformer with fused attention: rows are queries and sum to 1.
+
+    Args:
+        images: (B, C, H, W) in the model's normalisation.
+
+    Raises:
+        ValueError: the model has no fused attention (`torch.nn.functional.scaled_dot_product_attention`).
+    """
+    was_training = model.training
+    with _RecordAttention() as record:
+        model.eval()(images)
+    model.train(was_training)
+    if not record.maps:
+        raise ValueError(f"{type(model).__name__} has no fused attention to look at; take a vision transformer of timm's")
+    return record.maps
+
+
+def token_attention(model: nn.Module, images: Tensor, token: int = 0, block: int = -1) -> Tensor:
+    """Where a prefix token looks, mean over heads: (B, h, w) over the patch grid, each summing to 1.
+
+    Args:
+        token: 0 is the class token, 1 the distillation token of networks that have one.
+
+    Raises:
+        ValueError: the model has no such prefix token.
+    """
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if not 0 <= token < prefix:
+        raise ValueError(f"{type(model).__name__} has {prefix} prefix tokens (asked for token {token}, counted from 0)")
+    attention = attention_maps(model, images)[block][:, :, token, prefix:].mean(1)
+    attention = attention / attention.sum(1, keepdim=True)
+    return attention.unflatten(1, model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
+
+
+def grad_cam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None = None) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391) at the size of the images: (B, H, W) in [0, 1], on the CPU.
+
+    Args:
+        images: (B, C, H, W) in the model's normalisation.
+        layer: name of a submodule that gives maps (B, C', h, w), such as "stages.2".
+        classes: (B,) the classes to explain; None: those that the model predicts.
+    """
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    targets = None if classes is None else [ClassifierOutputTarget(int(label)) for label in classes]
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    model.requires_grad_(True)  # a frozen teacher has no gradients to look at
+    with GradCAM(model.eval(), [model.get_submodule(layer)]) as cam:
+        maps = torch.from_numpy(cam(images, targets))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+    model.zero_grad()
+    return maps
