@@ -12,6 +12,7 @@ Nothing here imports the library: a job's process starts in a second, its notebo
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import json
@@ -191,6 +192,7 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     finally:
         lock.release()
     if dry_run:
+        _print_times(expanded, folder, cores)
         return code
     for name, job in expanded["jobs"].items():
         if not job["report"] and not (folder / name / "metrics.json").exists():
@@ -204,6 +206,49 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".png")]
     print("Tables and figures:", *files, sep="\n  ")
     return 0
+
+
+def _print_times(expanded: dict, folder: Path, cores: int) -> None:
+    """How long each kind of run will take here, measured on a few steps of its networks."""
+    import torch
+
+    from hdkd_lib import estimate
+
+    jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
+    torch.set_num_threads(expanded["threads"])
+    parameters = {name: _defaults(job["notebook"]) | job["parameters"] for name, job in jobs.items()}
+    kinds: dict[str, list[str]] = {}
+    for name in jobs:
+        kinds.setdefault(name.rsplit("-seed", 1)[0], []).append(name)
+    total, width = 0.0, max(map(len, kinds))
+    print(f"\n{'run':{width}}  to run  time of each, with {expanded['threads']} threads")
+    for kind, names in kinds.items():
+        missing = [name for name in names if not (folder / name / "metrics.json").exists()]
+        each = ""
+        if missing:
+            [teacher] = jobs[names[0]]["needs"] or [None]
+            try:
+                seconds = estimate.seconds(parameters[names[0]], parameters.get(teacher))
+            except FileNotFoundError as error:
+                print(f"no estimate: {error}")
+                return
+            total += seconds * len(missing)
+            each = _duration(seconds)
+        print(f"{kind:{width}}  {len(missing):6}  {each}", flush=True)
+    side_by_side = max(1, cores // expanded["threads"])
+    print(f"in all about {_duration(total / side_by_side)} on {cores} cores, {side_by_side} runs side by side\n")
+
+
+def _defaults(notebook: str) -> dict:
+    import papermill
+
+    inspected = papermill.inspect_notebook(str(NOTEBOOKS / f"{notebook}.ipynb"))
+    return {name: ast.literal_eval(parameter["default"]) for name, parameter in inspected.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"
 
 
 def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:

@@ -106,6 +106,61 @@ def optimism(scores: pd.DataFrame) -> Figure:
     return figure
 
 
+def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[str, str], str]) -> Figure:
+    """Two networks as rows of boxes, as high as their maps are wide, each with output shape, parameters and GFLOPs.
+
+    Args:
+        networks: name and `models.parts` of the upper and of the lower network.
+        links: (part above, part below) and what is written on the arrow between them.
+    """
+    columns = max(len(parts) for parts in networks.values())
+    figure, axis = _subplots(figsize=(1.3 * columns + 1, 4.6))
+    axis.set(xlim=(-1, columns - 0.6), ylim=(-3.6, 1.5))
+    axis.axis("off")
+    largest = max(part["shape"][-1] for parts in networks.values() for part in parts if len(part["shape"]) == 3)
+    boxes = {}
+    for row, (name, parts) in enumerate(networks.items()):
+        y, below = -2.2 * row, row > 0
+        axis.text(-1, y, name, va="center", weight="bold")
+        for x, part in enumerate(parts):
+            kind = len(part["shape"])  # 3: maps, 2: tokens, 1: a vector
+            height = 1.2 * (part["shape"][-1] / largest) ** 0.5 if kind == 3 else (0, 0.35, 0.5)[kind]
+            axis.add_patch(plt.Rectangle((x - 0.3, y - height / 2), 0.6, height, color=PALETTE[3 - kind], alpha=0.6, lw=0))
+            boxes[row, part["name"]] = x, y + (height if below else -height) / 2
+            shape = "{}×{}×{}".format(*part["shape"]) if kind == 3 else " × ".join(map(str, part["shape"]))
+            gflops = f"{part['gflops']:.2g} GFLOPs" if part["gflops"] >= 1e-3 else "< 0.001 GFLOPs"
+            label = f"{shape}\n{part['parameters']:,} par.\n{gflops}"
+            axis.text(x, y, part["name"].replace("_", "\n"), ha="center", va="center", fontsize=8)
+            place = {"va": "top" if below else "bottom", "ha": "center", "fontsize": 7, "color": "0.3"}
+            axis.text(x, y - 0.68 if below else y + 0.68, label, **place)
+            if x and (kind > 1 or part["shape"] != parts[x - 1]["shape"]):  # two heads stand side by side
+                axis.annotate("", (x - 0.32, y), (x - 0.68, y), arrowprops={"arrowstyle": "->", "color": "0.6"})
+    for (above, below), text in links.items():
+        start, end = boxes[0, above], boxes[1, below]
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": PALETTE[3], "lw": 1.5, "ls": "--"})
+        middle = [(a + b) / 2 for a, b in zip(start, end, strict=True)]
+        axis.text(*middle, text, color=PALETTE[3], fontsize=8, ha="center", va="center", backgroundcolor="white")
+    return figure
+
+
+def overlays(images: Tensor, maps: Mapping[str, Tensor]) -> Figure:
+    """The images (N, 3, H, W; uint8, or float in [0, 1]), and below them every entry's maps (N, h, w) laid over them."""
+    count = len(images)
+    figure, axes = _subplots(1 + len(maps), count, figsize=(1.2 * count + 1, 1.25 * (1 + len(maps))), squeeze=False)
+    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+    height, width = pictures.shape[1:3]
+    for line, (name, values) in zip(axes, {"image": None, **maps}.items(), strict=True):
+        for i, axis in enumerate(line):
+            axis.imshow(pictures[i], interpolation="nearest", extent=(0, width, height, 0))
+            if values is not None:
+                over = {"cmap": "inferno", "alpha": 0.6, "interpolation": "nearest", "extent": (0, width, height, 0)}
+                axis.imshow(values[i].cpu().numpy(), **over)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
 def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     """Images per class in each part of a split; `parts` holds label tensors."""
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
@@ -134,14 +189,17 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def loss_terms(history: pd.DataFrame, terms: Sequence[str]) -> Figure:
-    """Terms of a method's loss by epoch, logarithmic; `terms` are columns of the history without their prefix `train_`."""
-    figure, axis = _subplots(figsize=(5, 3))
-    for term in terms:
-        axis.plot(history.epoch + 1, history[f"train_{term}"], label=term.replace("_", " "))
-    axis.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend()
+def loss_terms(history: pd.DataFrame, terms: Mapping[str, str]) -> Figure:
+    """Terms of a method's loss by epoch, logarithmic, each under its equation.
+
+    Args:
+        terms: column of the history without its prefix `train_`, and the equation in TeX.
+    """
+    figure, axes = _subplots(1, len(terms), figsize=(4.6 * len(terms), 3), squeeze=False)
+    for axis, color, (term, equation) in zip(axes[0], _cycle(), terms.items(), strict=False):
+        axis.plot(history.epoch + 1, history[f"train_{term}"], color=color)
+        axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "), yscale="log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -173,6 +231,21 @@ def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy
         axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4), ylim=(max(low, 0), min(high, 101)))
         axis.set_xticks(range(len(names)), names)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8)
+    return figure
+
+
+def forest(table: pd.DataFrame, reference: str) -> Figure:
+    """Differences of `tables.ablations` to the reference run with their 95 % intervals, one line per change, in points."""
+    figure, axis = _subplots(figsize=(8, 0.28 * len(table) + 0.9))
+    groups = list(dict.fromkeys(table.parameters))
+    for y, row in enumerate(table.itertuples()):
+        width = 0 if np.isnan(row.difference_half_width) else 100 * row.difference_half_width
+        color = _cycle()[groups.index(row.parameters)]
+        axis.errorbar(100 * row.difference, y, xerr=width, fmt="o", color=color, capsize=3, markersize=5)
+    axis.axvline(0, color="0.3", lw=1)
+    axis.set_yticks(range(len(table)), table.change, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"difference to {reference} (percentage points, 95 % paired interval)")
     return figure
 
 

@@ -19,7 +19,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """In percent: "81.2 ± 1.3", or "81.2" where one value gives no interval."""
-        return f"{100 * self.mean:.1f}" + ("" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}")
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """As `str`; with "+" the mean has its sign, as a difference should."""
+        return f"{100 * self.mean:{sign}.1f}" + ("" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}")
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Estimate:

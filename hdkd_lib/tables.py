@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
-from hdkd_lib.statistics import interval, paired
+from hdkd_lib.runs import Run
+from hdkd_lib.statistics import Estimate, interval, paired
 
 METRICS = {
     "accuracy": "accuracy",
@@ -14,6 +16,7 @@ METRICS = {
     "macro_auroc": "macro AUROC",
     "ece": "ECE",
 }
+SELECTION = {"validation": "validation", "test": "test (the paper's protocol: optimistic)"}
 
 
 def summary(frame: pd.DataFrame, *, baseline: str = "student", compare: str = "balanced_accuracy") -> pd.DataFrame:
@@ -26,17 +29,81 @@ def summary(frame: pd.DataFrame, *, baseline: str = "student", compare: str = "b
     rows = {}
     for name, group in frame.groupby("run", sort=False):
         row = {"network": group.student.iloc[0], "parameters": f"{group.parameters.iloc[0]:,}", "runs": len(group)}
+        row["epoch chosen on"] = SELECTION[group.selection.iloc[0]]
         row |= {title: str(interval(group[metric])) for metric, title in METRICS.items()}
         pairs = group.merge(frame[frame.run == baseline], on=keys, suffixes=("", "_baseline"))
         row |= {f"Δ {METRICS[compare]} to {baseline}": "", "p": ""}
         if name != baseline and len(pairs):
             difference = paired(pairs[compare], pairs[f"{compare}_baseline"])
-            row[f"Δ {METRICS[compare]} to {baseline}"] = f"{100 * difference.mean:+.1f}" + (
-                "" if math.isnan(difference.half_width) else f" ± {100 * difference.half_width:.1f}"
-            )
-            row["p"] = "" if math.isnan(difference.p) else f"{difference.p:.2g}"
+            row |= {f"Δ {METRICS[compare]} to {baseline}": f"{difference:+}", "p": _p(difference.p)}
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").reset_index()
+
+
+def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "balanced_accuracy") -> pd.DataFrame:
+    """One row per kind of run that trains as `reference` does but for what `change` says, read from the run folders.
+
+    Columns: run; parameters, the names of those changed; change, such as "alpha 0.5 → 0.75" ("default" is the network's own);
+    runs; mean and half_width of `compare`; difference to the reference paired by seed and fold, its half width, p; and q,
+    p after Benjamini and Hochberg's control of false discoveries over all rows, since of many changes some differ by chance.
+    Kinds of another method come last, named by it.
+
+    Raises:
+        ValueError: there is no kind of run named `reference`.
+    """
+    if reference not in set(frame.run):
+        raise ValueError(f"no run is named {reference!r}; there are {', '.join(frame.run.unique())}")
+    settings = {kind: Run(group.path.iloc[0]).settings for kind, group in frame.groupby("run")}
+    base, rows = settings[reference], []
+    for kind, group in frame.groupby("run", sort=False):
+        own = settings[kind]
+        changed = sorted(key for key in own.keys() | base.keys() if own.get(key) != base.get(key))
+        if own["method"] != base["method"]:
+            changed, change = ["method"], f"{own['method']}, {kind}"
+        else:
+            change = ", ".join(f"{key} {base.get(key, 'default')} → {own.get(key, 'default')}" for key in changed)
+        pairs = group.merge(frame[frame.run == reference], on=["seed", "fold"], suffixes=("", "_reference"))
+        if kind == reference or not len(pairs):
+            continue
+        score, difference = interval(group[compare]), paired(pairs[compare], pairs[f"{compare}_reference"])
+        rows.append(
+            {
+                "run": kind,
+                "parameters": ", ".join(changed),
+                "change": change.replace("_", " "),
+                "runs": len(group),
+                "mean": score.mean,
+                "half_width": score.half_width,
+                "difference": difference.mean,
+                "difference_half_width": difference.half_width,
+                "p": difference.p,
+            }
+        )
+    table = pd.DataFrame(rows)
+    tested = table.p.notna()
+    table["q"] = math.nan
+    if tested.any():
+        table.loc[tested, "q"] = stats.false_discovery_control(table.p[tested])
+    return table.sort_values(["parameters", "run"], key=lambda c: (c == "method").astype(str) + c, ignore_index=True)
+
+
+def readable(table: pd.DataFrame, compare: str = "balanced_accuracy") -> pd.DataFrame:
+    """A table of `ablations` in percent and percentage points."""
+    estimates = [
+        (Estimate(row["mean"], row.half_width, row.runs), Estimate(row.difference, row.difference_half_width, row.runs))
+        for _, row in table.iterrows()
+    ]
+    return pd.DataFrame(
+        {
+            "run": table.run,
+            "change": table.change,
+            "runs": table.runs,
+            METRICS[compare]: [str(score) for score, _ in estimates],
+            "Δ": [f"{difference:+}" for _, difference in estimates],
+            "p": table.p.map(_p),
+            "q": table.q.map(_p),
+        }
+    )
 
 
 def provenance(frame: pd.DataFrame) -> str:
@@ -44,9 +111,7 @@ def provenance(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     seeds, folds = (", ".join(map(str, sorted(frame[key].unique()))) for key in ("seed", "fold"))
     epochs = "/".join(map(str, sorted(frame.epochs.unique())))
-    chosen = " and ".join(sorted(set(frame.selection)))
-    if "test" in chosen:
-        chosen += " (the paper's protocol: optimistic)"
+    chosen = " and ".join(SELECTION[part] for part in sorted(set(frame.selection)))
     return (
         f"{first.dataset} at {first.image_size} px, {first.protocol} split (folds {folds}), seeds {seeds}, {epochs} epochs, "
         f"{first.precision}; test part, epoch chosen on {chosen}; mean ± 95 % t interval in percent, "
@@ -64,6 +129,15 @@ def write(frame: pd.DataFrame, folder: str | Path) -> None:
     table.to_csv(folder / "summary.csv", index=False)
 
 
+def write_ablations(table: pd.DataFrame, folder: str | Path, frame: pd.DataFrame, compare: str = "balanced_accuracy") -> None:
+    """ablations.csv (numbers) and ablations.md (for readers, with its provenance) in `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "ablations.csv", index=False)
+    markdown = readable(table, compare).to_markdown(index=False, disable_numparse=True)
+    (folder / "ablations.md").write_text(f"{markdown}\n\n{provenance(frame)}\n")
+
+
 def metrics(measured: dict) -> pd.DataFrame:
     """The metrics of one run (`Run.metrics`): validation and test, of the best validation epoch and of the last."""
     columns = {
@@ -72,3 +146,7 @@ def metrics(measured: dict) -> pd.DataFrame:
         for part in ("val", "test")
     }
     return pd.DataFrame(columns).map("{:.3f}".format)
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else f"{p:.2g}"

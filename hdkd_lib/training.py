@@ -64,11 +64,7 @@ def fit(
     """
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
-    if task.student.num_classes != len(data.classes):
-        raise ValueError(
-            f"the student has {task.student.num_classes} classes and {data.config['dataset']} has {len(data.classes)}; "
-            f"create it with num_classes={len(data.classes)}"
-        )
+    _check_classes(task.student, data)
     config = {
         "method": task.describe() | ({"teacher_weights": digest(task.teacher)} if hasattr(task, "teacher") else {}),
         "data": data.config,
@@ -199,6 +195,14 @@ def _train(
     checkpoint.unlink()
 
 
+def _check_classes(network: nn.Module, data: Data) -> None:
+    if network.num_classes != len(data.classes):
+        raise ValueError(
+            f"the network has {network.num_classes} classes and {data.config['dataset']} has {len(data.classes)}; "
+            f"create it with num_classes={len(data.classes)}"
+        )
+
+
 def _check_provenance(teacher: nn.Module, data: Data, recipe: Recipe) -> None:
     """A teacher that has seen the test images would carry them into its student."""
     origin = getattr(teacher, "trained_on", None)  # `Run.student` says so; other networks cannot
@@ -223,8 +227,7 @@ def _check_provenance(teacher: nn.Module, data: Data, recipe: Recipe) -> None:
 
 def _check_skill(task: Method, data: Data, precision: str, force: bool) -> None:
     """Says what the teacher knows before anything is learned from it."""
-    probe = Supervised(student=task.teacher.network).eval()
-    scores = metrics.classification(predict(probe, data.val, precision=precision), data.val.labels)
+    scores = evaluate(task.teacher.network, data, "val", device=next(task.parameters()).device, precision=precision)
     chance = 1 / len(data.classes)
     margin = 2 * math.sqrt(chance * (1 - chance) / len(data.val))
     print(f"teacher on validation: balanced accuracy {scores['balanced_accuracy']:.3f}, chance {chance:.3f}")
@@ -264,6 +267,18 @@ def _finish(
             "images_per_second": round(len(data.train) * recipe.epochs / seconds, 1),
         },
     )
+
+
+def evaluate(network: nn.Module, data: Data, part: str = "test", *, device: str = "auto", precision: str = "auto") -> dict:
+    """`metrics.classification` of a network that comes from elsewhere, on the part "train", "val" or "test" of the data.
+
+    Raises:
+        ValueError: the classes of network and data differ in number.
+    """
+    _check_classes(network, data)
+    device, chosen = resolve_device(device), getattr(data, part)
+    task = Supervised(student=network).to(device)
+    return metrics.classification(predict(task, chosen, precision=resolve_precision(precision, device)), chosen.labels)
 
 
 @torch.inference_mode()

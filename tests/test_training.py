@@ -656,7 +656,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays_readable(alone, dig
 
 
 def test_a_student_for_other_classes_is_refused_before_anything_is_written(alone, digits, tmp_path):
-    with pytest.raises(ValueError, match="the student has 7 classes and digits has 10; create it with num_classes=10"):
+    with pytest.raises(ValueError, match="the network has 7 classes and digits has 10; create it with num_classes=10"):
         fit(alone(num_classes=7), digits, SHORT, tmp_path / "run", **ON_CPU)
     assert not (tmp_path / "run").exists()
 

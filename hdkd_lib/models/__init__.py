@@ -1,6 +1,7 @@
 """Networks: importing this package registers them with timm; `create` makes any timm model and remembers how it was made."""
 
 import difflib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +49,39 @@ def cost(model: nn.Module, image_size: int) -> dict[str, float]:
         model(torch.zeros(2, 3, image_size, image_size, device=device))
     model.train(was_training)
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 2e9}
+
+
+def parts(model: nn.Module, image_size: int) -> list[dict]:
+    """The parts of a network in the order of one image's pass: `name`, output `shape` (no batch), `parameters`, `gflops`.
+
+    A part is a child module, or each module of a child that is a list of them ("stages.0").
+    """
+    children = {}
+    for name, child in model.named_children():
+        children |= (
+            {f"{name}.{i}": module for i, module in enumerate(child)} if isinstance(child, nn.ModuleList) else {name: child}
+        )
+    found, was_training = {}, model.training
+
+    def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        found[name] = tuple(output.shape[1:])
+
+    hooks = [module.register_forward_hook(functools.partial(note, name)) for name, module in children.items()]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    flops = counter.get_flop_counts()
+    return [
+        {
+            "name": name,
+            "shape": shape,
+            "parameters": sum(p.numel() for p in children[name].parameters()),
+            "gflops": sum(flops.get(f"{type(model).__name__}.{name}", {}).values()) / 1e9,
+        }
+        for name, shape in found.items()
+    ]
 
 
 def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> nn.Module:
