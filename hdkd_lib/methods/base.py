@@ -76,13 +76,16 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images from the student's normalisation to the teacher's, which is set to eval mode again if need be."""
+        if self.network.training:  # train() was called on the network itself
+            self.network.eval()
+        return images if self.is_same_normalisation else images * self.scale + self.shift
+
     @torch.no_grad()
     def forward(self, images: Tensor, indices: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, C) and the maps of the given indices, from one pass; images in the student's normalisation."""
-        if self.network.training:  # train() was called on the network itself
-            self.network.eval()
-        if not self.is_same_normalisation:
-            images = images * self.scale + self.shift
+        images = self.prepare(images)
         if not indices:
             return self.network(images), []
         features, maps = self.network.forward_intermediates(images, list(indices))
