@@ -58,9 +58,10 @@ def expand(plan: str) -> dict:
                 needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {plan}.yaml") + suffix]
             jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
     for notebook in content.get("reports", ["09_tables", "10_figures"]):
-        jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": {}, "needs": [], "report": True}
+        parameters = content.get("notebooks", {}).get(notebook, {})
+        jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
     for name in content.get("notebooks", {}):
-        _known(name, [run["notebook"] for run in content["runs"].values()], f"notebook in {plan}.yaml")
+        _known(name, [job["notebook"] for job in jobs.values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
         _check_parameters(name, job)
     return {"threads": content.get("threads", 1), "jobs": jobs}

@@ -58,6 +58,24 @@ def token_attention(model: nn.Module, images: Tensor, token: int = 0, block: int
     return attention.unflatten(1, model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
 
 
+def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
+    """Mean distance in pixels between a patch and what it looks at, per block and head: (blocks, heads).
+
+    Raghu et al. 2021 (arXiv 2108.08810): the attention among patch tokens, each query's summing to 1, times the distance of
+    the patches' centres, mean over queries and images.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+    y, x = torch.meshgrid(torch.arange(rows) * height / rows, torch.arange(columns) * width / columns, indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], 1).to(images.device)
+    distance, prefix = torch.cdist(places, places), model.num_prefix_tokens
+    means = []
+    for attention in attention_maps(model, images):
+        among = attention[..., prefix:, prefix:]
+        means.append((among / among.sum(-1, keepdim=True) * distance).sum(-1).mean((0, 2)))
+    return torch.stack(means).cpu()
+
+
 def grad_cam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | None = None) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391) at the size of the images: (B, H, W) in [0, 1], on the CPU.
 

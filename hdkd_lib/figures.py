@@ -1,6 +1,6 @@
 """Figures, all in one style. Each function draws on axes of its own and returns the figure, which pyplot does not keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -143,8 +143,13 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
     return figure
 
 
-def overlays(images: Tensor, maps: Mapping[str, Tensor]) -> Figure:
-    """The images (N, 3, H, W; uint8, or float in [0, 1]), and below them every entry's maps (N, h, w) laid over them."""
+def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, float] | None = None) -> Figure:
+    """The images (N, 3, H, W; uint8, or float in [0, 1]), and below them every entry's maps (N, h, w) laid over them.
+
+    Args:
+        limits: values of the darkest and the brightest colour; None: each map's own extremes.
+    """
+    low, high = limits or (None, None)
     count = len(images)
     figure, axes = _subplots(1 + len(maps), count, figsize=(1.2 * count + 1, 1.25 * (1 + len(maps))), squeeze=False)
     pictures = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -154,7 +159,7 @@ def overlays(images: Tensor, maps: Mapping[str, Tensor]) -> Figure:
             axis.imshow(pictures[i], interpolation="nearest", extent=(0, width, height, 0))
             if values is not None:
                 over = {"cmap": "inferno", "alpha": 0.6, "interpolation": "nearest", "extent": (0, width, height, 0)}
-                axis.imshow(values[i].cpu().numpy(), **over)
+                axis.imshow(values[i].cpu().numpy(), vmin=low, vmax=high, **over)
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -231,6 +236,30 @@ def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy
         axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4), ylim=(max(low, 0), min(high, 101)))
         axis.set_xticks(range(len(names)), names)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8)
+    return figure
+
+
+def schedules(weights: Mapping[str, Callable[[float], float]], chosen: str) -> Figure:
+    """A weight over the progress of training, by name of its schedule; the chosen one is thick."""
+    figure, axis = _subplots(figsize=(4.5, 2.6))
+    progress = np.linspace(0, 1, 101)
+    for name, weight in weights.items():
+        axis.plot(progress, [weight(t) for t in progress], lw=3 if name == chosen else 1, label=name)
+    axis.set(xlabel="progress of training", ylabel="weight of the local responses")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def attention_distances(distances: Mapping[str, Tensor]) -> Figure:
+    """Mean attention distance of every head (blocks, heads) by block: a dot per head, a line through the blocks' means."""
+    figure, axis = _subplots(figsize=(5.5, 3.2))
+    for i, (color, (name, values)) in enumerate(zip(_cycle(), distances.items(), strict=False)):
+        blocks = np.arange(1, len(values) + 1) + 0.08 * (i - (len(distances) - 1) / 2)
+        axis.plot(blocks, values.mean(1), color=color, label=name)
+        axis.scatter(blocks.repeat(values.shape[1]), values.flatten(), s=14, color=color, alpha=0.5)
+    axis.set(xlabel="block", ylabel="mean attention distance (pixels)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
     return figure
 
 

@@ -93,8 +93,14 @@ NANO = Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=
 RECIPES = {"hdkd_teacher": HDKD_TEACHER, "hdkd_student": HDKD_STUDENT, "deit": DEIT, "nano": NANO}
 
 
-def get(name: str, **changes) -> Recipe:
+MIXING = {"none": {"mixup": 0.0, "cutmix": 0.0}, "deit": {"mixup": DEIT.mixup, "cutmix": DEIT.cutmix}}
+
+
+def get(name: str, *, mixing: str = "", **changes) -> Recipe:
     """The recipe of that name; changes that are 0 or "" keep its value (a notebook's parameters cannot be None).
+
+    Args:
+        mixing: "none" or "deit" (its mixup and cutmix); "" keeps the recipe's.
 
     Raises:
         ValueError: unknown name (the nearest is suggested), or a value out of range.
@@ -104,4 +110,6 @@ def get(name: str, **changes) -> Recipe:
         raise ValueError(
             f"unknown recipe {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(RECIPES)}")
         )
-    return replace(RECIPES[name], **{key: value for key, value in changes.items() if value})
+    if mixing and mixing not in MIXING:
+        raise ValueError(f"mixing must be one of {', '.join(MIXING)} (got {mixing!r})")
+    return replace(RECIPES[name], **{key: value for key, value in changes.items() if value}, **MIXING.get(mixing, {}))

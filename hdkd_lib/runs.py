@@ -147,12 +147,14 @@ class Run:
         own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
         return {"method": method.pop("name"), "network": student["name"], **self.config["recipe"], **method, **student, **own}
 
-    def student(self, which: str = "best") -> nn.Module:
+    def student(self, which: str = "best", **options) -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".
 
-        It remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
+        Options of its creation that leave its weights as they are can be changed, such as `output_stride=8` of a CNN. It
+        remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
         """
-        model = models.create(**self.config["method"]["student"])
+        creation = self.config["method"]["student"]
+        model = models.create(**{key: value for key, value in creation.items() if key != "pretrained"} | options)
         split = pd.read_csv(self.path / "split.csv", dtype={"id": str})
         model.trained_on = self.config["data"] | {
             "ids": set(split.id[split.part != "test"]),
@@ -164,9 +166,10 @@ class Run:
 def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
-    Networks trained alone come first, then by name. Columns: run, path, method, student, dataset, image_size, protocol, fold,
-    seed, epochs, epoch, selection (the part that chose it), parameters, seconds, images_per_second, precision, device, and the
-    test metrics of the chosen epoch (`last_...` those of the last epoch).
+    Networks trained alone come first, then by name. Columns: run (the kind, with the fraction of the training part if that is
+    not 1), kind, path, method, student, dataset, image_size, protocol, fold, fraction, seed, epochs, epoch, parameters,
+    seconds, images_per_second, selection (the part that chose the epoch), precision, device, and the test metrics of the chosen
+    epoch (`last_...` those of the last epoch).
 
     Raises:
         FileNotFoundError: no finished run is there.
@@ -175,10 +178,11 @@ def load(folder: str | Path) -> pd.DataFrame:
     found = sorted(f.parent for pattern in ("metrics.json", "*/metrics.json", "*/*/metrics.json") for f in folder.glob(pattern))
     rows = []
     for run in (Run(path) for path in found if "~" not in path.name):
-        config, metrics = run.config, run.metrics
+        config, metrics, kind = run.config, run.metrics, run.path.name.rsplit("-seed", 1)[0]
         rows.append(
             {
-                "run": run.path.name.rsplit("-seed", 1)[0],
+                "run": kind + (f" {config['data']['fraction']:.0%}" if config["data"]["fraction"] < 1 else ""),
+                "kind": kind,
                 "path": str(run.path),
                 "method": config["method"]["name"],
                 "student": config["method"]["student"]["name"],
@@ -198,7 +202,9 @@ def load(folder: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
     table = pd.DataFrame(rows)
     return table.sort_values(
-        ["method", "run", "seed", "fold"], key=lambda c: c != "Supervised" if c.name == "method" else c, ignore_index=True
+        ["method", "kind", "fraction", "seed", "fold"],
+        key=lambda c: c != "Supervised" if c.name == "method" else c,
+        ignore_index=True,
     )
 
 

@@ -16,24 +16,24 @@ METRICS = {
     "macro_auroc": "macro AUROC",
     "ece": "ECE",
 }
+REPLICATE = ["seed", "fold", "fraction"]  # what two runs have in common that are compared as a pair
 SELECTION = {"validation": "validation", "test": "test (the paper's protocol: optimistic)"}
 
 
 def summary(frame: pd.DataFrame, *, baseline: str = "student", compare: str = "balanced_accuracy") -> pd.DataFrame:
     """One row per kind of run (column `run` of `runs.load`): test metrics in percent, mean ± 95 % t interval over replicates.
 
-    The last columns hold the difference of `compare` to `baseline`, paired by seed and fold, in percentage points with its
-    interval and the paired t-test's p; empty for the baseline and where nothing pairs.
+    The last columns hold the difference of `compare` to the kind of run `baseline`, paired by seed, fold and fraction, in
+    percentage points with its interval and the paired t-test's p; empty for the baseline and where nothing pairs.
     """
-    keys = ["seed", "fold"]
     rows = {}
     for name, group in frame.groupby("run", sort=False):
         row = {"network": group.student.iloc[0], "parameters": f"{group.parameters.iloc[0]:,}", "runs": len(group)}
         row["epoch chosen on"] = SELECTION[group.selection.iloc[0]]
         row |= {title: str(interval(group[metric])) for metric, title in METRICS.items()}
-        pairs = group.merge(frame[frame.run == baseline], on=keys, suffixes=("", "_baseline"))
+        pairs = group.merge(frame[frame.kind == baseline], on=REPLICATE, suffixes=("", "_baseline"))
         row |= {f"Δ {METRICS[compare]} to {baseline}": "", "p": ""}
-        if name != baseline and len(pairs):
+        if group.kind.iloc[0] != baseline and len(pairs):
             difference = paired(pairs[compare], pairs[f"{compare}_baseline"])
             row |= {f"Δ {METRICS[compare]} to {baseline}": f"{difference:+}", "p": _p(difference.p)}
         rows[name] = row
@@ -62,7 +62,7 @@ def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "b
             changed, change = ["method"], f"{own['method']}, {kind}"
         else:
             change = ", ".join(f"{key} {base.get(key, 'default')} → {own.get(key, 'default')}" for key in changed)
-        pairs = group.merge(frame[frame.run == reference], on=["seed", "fold"], suffixes=("", "_reference"))
+        pairs = group.merge(frame[frame.run == reference], on=REPLICATE, suffixes=("", "_reference"))
         if kind == reference or not len(pairs):
             continue
         score, difference = interval(group[compare]), paired(pairs[compare], pairs[f"{compare}_reference"])
@@ -119,12 +119,12 @@ def provenance(frame: pd.DataFrame) -> str:
     )
 
 
-def write(frame: pd.DataFrame, folder: str | Path) -> None:
+def write(frame: pd.DataFrame, folder: str | Path, baseline: str = "student") -> None:
     """runs.csv (a row per run), summary.csv and summary.md (with its provenance) in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     frame.drop(columns="path").to_csv(folder / "runs.csv", index=False)
-    table = summary(frame)
+    table = summary(frame, baseline=baseline)
     (folder / "summary.md").write_text(f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{provenance(frame)}\n")
     table.to_csv(folder / "summary.csv", index=False)
 

@@ -102,6 +102,12 @@ class Distillation(Method):
                 f"the teacher has {teacher.num_classes} classes and the student {student.num_classes}; "
                 "train the teacher on the student's classes"
             )
+        own_classes = getattr(teacher, "pretrained_cfg", {}).get("num_classes")
+        if getattr(teacher, "creation", {}).get("pretrained") and own_classes != teacher.num_classes:
+            raise ValueError(
+                f"this pretrained teacher knows {own_classes} classes; its head for {teacher.num_classes} is random: train it "
+                "first (02_teacher with pretrained=True, and probe=True for its classifier alone)"
+            )
         self.teacher = Teacher(teacher, student)
 
     def set_logit_distillation(self, *, kind: str, alpha: float, tau: float, reduction: str) -> None:

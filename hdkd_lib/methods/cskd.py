@@ -55,13 +55,17 @@ def meeting_grid(*grids: tuple[int, int]) -> tuple[int, int]:
     return min(rows for rows, _ in grids), min(columns for _, columns in grids)
 
 
+def _pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    return maps if tuple(maps.shape[2:]) == grid else F.adaptive_avg_pool2d(maps, grid)
+
+
 def spatial_loss(patch_logits: Tensor, fused: Tensor, kind: str = "hard", tau: float = 1.0) -> Tensor:
     """Distillation at every place: (N, K, h, w) of the student and (N, K, h', w') of the teacher -> scalar, mean over places.
 
     hard: cross-entropy with the argmax of `fused`; soft: tau^2 KL(fused || patch_logits) at temperature tau.
     """
     grid = meeting_grid(tuple(patch_logits.shape[2:]), tuple(fused.shape[2:]))
-    rows = [F.adaptive_avg_pool2d(logits, grid).movedim(1, 3).flatten(0, 2) for logits in (patch_logits, fused)]
+    rows = [_pool(logits, grid).movedim(1, 3).flatten(0, 2) for logits in (patch_logits, fused)]
     return logit_distillation(*rows, kind=kind, tau=tau, reduction="batchmean")
 
 
@@ -170,7 +174,7 @@ class CSKD(Distillation):
         if patches.shape[1] != own[0] * own[1]:
             raise ValueError(f"the student has {patches.shape[1]} patch tokens for a grid of {own[0]}x{own[1]} places")
         maps = patches.unflatten(1, own).movedim(3, 1)
-        pooled = F.adaptive_avg_pool2d(maps, meeting_grid(own, grid)).movedim(1, 3)
+        pooled = _pool(maps, meeting_grid(own, grid)).movedim(1, 3)
         return self._patch_head(pooled).movedim(3, 1)
 
     def _patch_head(self, tokens: Tensor) -> Tensor:

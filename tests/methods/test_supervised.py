@@ -1,0 +1,43 @@
+"""Training alone, and linear probing."""
+
+import torch
+from torch.testing import assert_close
+
+from hdkd_lib import models
+from hdkd_lib.methods import Supervised
+
+
+def train(task: Supervised, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        task.train()
+        optimizer.zero_grad()
+        task(torch.randn(4, 3, 32, 32), torch.arange(4))["loss"].backward()
+        optimizer.step()
+
+
+def test_a_probe_changes_the_classifier_and_nothing_else():
+    model = models.create("resnet10t", num_classes=4, drop_rate=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(Supervised(student=model, probe=True))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"fc.weight", "fc.bias"}  # batch norm's statistics stay, too
+
+
+def test_without_a_probe_everything_learns():
+    model = models.create("resnet10t", num_classes=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(Supervised(student=model))
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_probe_sees_what_evaluation_sees():
+    model = models.create("resnet10t", num_classes=4, drop_rate=0.5)
+    task, images = Supervised(student=model, probe=True).train(), torch.randn(4, 3, 32, 32)
+    assert_close(task(images, torch.arange(4))["output"], task.eval().predict(images))
+
+
+def test_a_probe_is_part_of_the_description_and_training_all_needs_no_word():
+    model = models.create("hdkd_teacher_nano", num_classes=4)
+    assert "probe" not in Supervised(student=model).describe()
+    assert Supervised(student=model, probe=True).describe()["probe"] is True
