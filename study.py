@@ -218,13 +218,15 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     torch.set_num_threads(expanded["threads"])
     parameters = {name: _defaults(job["notebook"]) | job["parameters"] for name, job in jobs.items()}
+    jobs_file = folder / "jobs.json"
+    before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
     kinds: dict[str, list[str]] = {}
     for name in jobs:
         kinds.setdefault(name.rsplit("-seed", 1)[0], []).append(name)
     total, width = 0.0, max(map(len, kinds))
     print(f"\n{'run':{width}}  to run  time of each, with {expanded['threads']} threads")
     for kind, names in kinds.items():
-        missing = [name for name in names if not (folder / name / "metrics.json").exists()]
+        missing = [n for n in names if before.get(n) != jobs[n] or not (folder / n / "metrics.json").exists()]
         each = ""
         if missing:
             [teacher] = jobs[names[0]]["needs"] or [None]

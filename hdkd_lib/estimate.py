@@ -15,7 +15,8 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
     """Training time of a run with these notebook parameters, and those of the run that trains its teacher, if it has one.
 
     The networks run as they do in training, on random images: the student forwards and backwards, the teacher forwards, and
-    once an epoch the student on the validation part. Augmentation, decoding and the notebook's own seconds are left out.
+    once an epoch the student on the validation part. Augmentation, decoding, the optimiser's step and the notebook's own
+    seconds are left out.
 
     Raises:
         FileNotFoundError: the data are not there.

@@ -18,7 +18,9 @@ class _RecordAttention(TorchFunctionMode):
             query, key = args[:2]
             mask = (kwargs or {}).get("attn_mask")
             scores = query.float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
-            self.maps.append((scores if mask is None else scores + mask).softmax(-1))
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            self.maps.append(scores.softmax(-1))
         return function(*args, **(kwargs or {}))
 
 
@@ -83,16 +85,25 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | Non
         images: (B, C, H, W) in the model's normalisation.
         layer: name of a submodule that gives maps (B, C', h, w), such as "stages.2".
         classes: (B,) the classes to explain; None: those that the model predicts.
+
+    Raises:
+        ValueError: the model has no such class.
+        AttributeError: the model has no such layer.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+    target_layer = model.get_submodule(layer)
+    if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < model.num_classes:
+        raise ValueError(f"the model has {model.num_classes} classes (asked for {sorted(set(classes.tolist()))})")
     targets = None if classes is None else [ClassifierOutputTarget(int(label)) for label in classes]
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    model.requires_grad_(True)  # a frozen teacher has no gradients to look at
-    with GradCAM(model.eval(), [model.get_submodule(layer)]) as cam:
-        maps = torch.from_numpy(cam(images, targets))
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in trained)
-    model.zero_grad()
-    return maps
+    trained, was_training = [parameter.requires_grad for parameter in model.parameters()], model.training
+    try:
+        model.requires_grad_(True)  # a frozen teacher has no gradients to look at
+        with GradCAM(model.eval(), [target_layer]) as cam:
+            return torch.from_numpy(cam(images, targets))
+    finally:
+        model.zero_grad()
+        model.train(was_training)
+        for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
+            parameter.requires_grad_(requires_grad)

@@ -142,10 +142,17 @@ class Run:
         """What can be varied, flat: the method and its arguments, the student's options, the recipe; `teacher_...` is what the
         teacher does not share with the student."""
         method = dict(self.config["method"])
-        student, teacher = method.pop("student"), method.pop("teacher", {})
+        student, teacher = dict(method.pop("student")), method.pop("teacher", {})
         method.pop("teacher_weights", None)
         own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
-        return {"method": method.pop("name"), "network": student["name"], **self.config["recipe"], **method, **student, **own}
+        return {
+            "method": method.pop("name"),
+            "network": student.pop("name"),
+            **self.config["recipe"],
+            **method,
+            **student,
+            **own,
+        }
 
     def student(self, which: str = "best", **options) -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".

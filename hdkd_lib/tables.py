@@ -49,7 +49,7 @@ def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "b
     Kinds of another method come last, named by it.
 
     Raises:
-        ValueError: there is no kind of run named `reference`.
+        ValueError: there is no kind of run named `reference`, or none that pairs with it.
     """
     if reference not in set(frame.run):
         raise ValueError(f"no run is named {reference!r}; there are {', '.join(frame.run.unique())}")
@@ -79,6 +79,8 @@ def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "b
                 "p": difference.p,
             }
         )
+    if not rows:
+        raise ValueError(f"nothing can be compared with {reference!r}: no other run has its seeds and folds")
     table = pd.DataFrame(rows)
     tested = table.p.notna()
     table["q"] = math.nan

@@ -1,8 +1,10 @@
 """Training and evaluation: the loop."""
 
+import copy
 import hashlib
 import math
 import os
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -39,6 +42,7 @@ def fit(
     device: str = "auto",
     precision: str = "auto",
     resident: str | bool = "auto",
+    num_processes: int = 1,
     resume: bool = True,
     force: bool = False,
 ) -> Run:
@@ -54,6 +58,9 @@ def fit(
         device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
         precision: "float32", "bf16" (autocast), or "auto": bf16 where the device computes in it.
         resident: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
+        num_processes: train in so many processes, each with its share of every batch, on as many GPUs, or on the CPU. It is no
+            part of the configuration: without batch norm (which is synchronised on GPUs alone), augmentation and mixup the
+            weights are those of one process but for rounding.
         resume: whether to go on from the folder's checkpoint.
         force: whether a teacher may teach that is no better than chance on the validation part.
 
@@ -88,8 +95,43 @@ def fit(
             if recipe.protocol == "paper":
                 data = data.chosen_on_test()
                 task.follow_paper()
-            _train(task, data, recipe, run, seed, device, precision, resident, resume)
+            arguments = (task, data, recipe, run, seed, device, precision, resident, resume)
+            if num_processes == 1:
+                _train(*arguments)
+            else:
+                _train_in_processes(num_processes, *arguments)
     return run
+
+
+def _train_in_processes(
+    count: int, task: Method, data: Data, recipe: Recipe, run: Run, seed: int, device: torch.device, *options
+):
+    """`_train` in `count` processes of this machine, which sum their gradients; leaves the task as `_train` does."""
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        raise ValueError(f"num_processes={count} needs as many GPUs; this machine has {torch.cuda.device_count()}")
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        arguments = (count, meeting, task.cpu(), data, recipe, run, seed, device.type, *options)
+        try:
+            torch.multiprocessing.spawn(_train_one, arguments, nprocs=count)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
+    task.to(device).student.load_state_dict(load_file(run.path / "best.safetensors"))
+
+
+def _train_one(rank: int, count: int, meeting: str, task, data, recipe, run, seed: int, kind: str, *options) -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    backend = "nccl" if kind == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=count)
+    try:
+        task = copy.deepcopy(task).to(device, memory_format=torch.channels_last)  # what was sent is in memory that all share
+        _train(task, data, recipe, run, seed, device, *options)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _train(
@@ -103,6 +145,7 @@ def _train(
     resident: str | bool,
     resume: bool,
 ) -> None:
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     whole, classes = data.train, len(data.classes)
     if recipe.imbalance == "smote":
         whole = smote(whole, seed=seed)
@@ -117,6 +160,7 @@ def _train(
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
     order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.repeats}
+    order["shard"] = (rank, processes)
     undecayed = getattr(task.student, "no_weight_decay", set)()
     groups = param_groups_weight_decay(task.student, recipe.weight_decay, no_weight_decay_list=undecayed)
     if len(task.auxiliary):
@@ -140,16 +184,25 @@ def _train(
         task.auxiliary.load_state_dict(state["auxiliary"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
-    write_json(run.path / "environment.json", runs.environment(device))
-    parts = ("train", "val", "test") if data.val is not data.test else ("train", "test")
-    split = pd.DataFrame([(i, part) for part in parts for i in getattr(data, part).ids], columns=["id", "part"])
-    write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
+    network = task
+    if processes > 1:
+        if device.type == "cuda":
+            task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.student)
+        network = nn.parallel.DistributedDataParallel(task, forward_sync_buffers=False, find_unused_parameters=True)
+    if rank == 0:
+        write_json(run.path / "environment.json", runs.environment(device) | {"processes": processes})
+        parts = ("train", "val", "test") if data.val is not data.test else ("train", "test")
+        split = pd.DataFrame([(i, part) for part in parts for i in getattr(data, part).ids], columns=["id", "part"])
+        write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
-    done, quiet = len(history), "TQDM_DISABLE" in os.environ  # tqdm's notebook bar does not read the variable itself
+    done, quiet = (
+        len(history),
+        "TQDM_DISABLE" in os.environ or rank > 0,
+    )  # tqdm's notebook bar does not read the variable itself
     progress = tqdm(range(done, recipe.epochs), desc=type(task).__name__, initial=done, total=recipe.epochs, disable=quiet)
     for epoch in progress:
         start = time.perf_counter()
-        random_seed((1_000_003 * (seed + 1) + epoch) % 2**32)  # torch's, NumPy's (mixup) and Python's (random erasing)
+        random_seed(epoch_seed := (1_000_003 * (seed + 1) + epoch) % 2**32)  # torch's, NumPy's (mixup), Python's (erasing)
         scheduler.step(max(0, epoch - lag))
         task.set_progress(epoch / recipe.epochs)
         task.train()
@@ -157,11 +210,13 @@ def _train(
         for images, target in batches(
             train, recipe.batch_size, shuffle=True, crop=crop, even=mix is not None, device=device, **order
         ):
+            if rank and not seen:  # the order is drawn, the same in all processes; what follows is each one's own
+                random_seed(epoch_seed + rank)
             images, label = prepare(images), target
             if mix is not None:
                 images, target = mix(images, target)
             with autocast(device, precision):
-                result = task(images, target)
+                result = network(images, target)
             optimizer.zero_grad()
             result["loss"].backward()
             optimizer.step()
@@ -171,6 +226,10 @@ def _train(
                 for name, term in result.items():
                     if name != "output":
                         totals[name] += term.detach().float() * len(label)
+        if processes > 1:
+            for total in totals.values():
+                dist.all_reduce(total)
+            seen *= processes
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row |= {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
         if not math.isfinite(row["train_loss"]):
@@ -179,6 +238,9 @@ def _train(
                 f"or set precision='float32' (now {precision}); {len(history)} epochs are kept in {run.path}"
             )
         seconds = time.perf_counter() - start
+        if rank > 0:
+            history.append(row)
+            continue
         scores = metrics.classification(predict(task, val, precision=precision), data.val.labels)
         row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
         history.append(row)
@@ -190,6 +252,8 @@ def _train(
         write_atomically(checkpoint, lambda aside, state=state: torch.save(state, aside))
         write_atomically(run.path / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
         progress.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{scores['balanced_accuracy']:.3f}")
+    if rank > 0:
+        return
     _save_weights(task, run.path / "last.safetensors")
     _finish(task, data, recipe, run, precision, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
     checkpoint.unlink()
@@ -277,7 +341,7 @@ def evaluate(network: nn.Module, data: Data, part: str = "test", *, device: str 
     """
     _check_classes(network, data)
     device, chosen = resolve_device(device), getattr(data, part)
-    task = Supervised(student=network).to(device)
+    task = Supervised(student=network).to(device).train(network.training)  # `predict` leaves the mode as it was
     return metrics.classification(predict(task, chosen, precision=resolve_precision(precision, device)), chosen.labels)
 
 

@@ -150,4 +150,5 @@ def frame() -> pd.DataFrame:
         "selection": "validation",
     }
     scores = dict.fromkeys(("accuracy", "macro_f1", "macro_auroc"), table.balanced_accuracy)
-    return table.assign(path="/results/" + table.run, student="hdkd_" + table.run, **same, **scores, ece=0.125, nll=1.0)
+    own = {"kind": table.run, "path": "/results/" + table.run, "student": "hdkd_" + table.run}
+    return table.assign(**own, **same, **scores, ece=0.125, nll=1.0)

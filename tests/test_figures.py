@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from PIL import Image
 
 from hdkd_lib import figures
@@ -67,10 +68,63 @@ def test_curves_show_relative_loss_cross_entropy_and_accuracy_of_every_run(histo
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 2, 3]
 
 
-def test_loss_terms_are_on_one_logarithmic_axis(history):
-    (axis,) = figures.loss_terms(history, ["logit_loss", "feature_loss"]).axes
-    assert axis.get_yscale() == "log"
-    assert [line.get_ydata().tolist() for line in axis.lines] == [[2, 1, 0.5], [0.2, 0.1, 0.05]]
+def test_loss_terms_stand_under_their_equations_on_logarithmic_axes(history):
+    axes = figures.loss_terms(history, {"logit_loss": "$L_1$", "feature_loss": "$L_2$"}).axes
+    assert [(axis.get_title(), axis.get_ylabel()) for axis in axes] == [("$L_1$", "logit loss"), ("$L_2$", "feature loss")]
+    assert {axis.get_yscale() for axis in axes} == {"log"}
+    assert [axis.lines[0].get_ydata().tolist() for axis in axes] == [[2, 1, 0.5], [0.2, 0.1, 0.05]]
+    assert axes[0].lines[0].get_xdata().tolist() == [1, 2, 3]
+
+
+def part(name, *shape, gflops=0.5):
+    return {"name": name, "shape": shape, "parameters": 1200, "gflops": gflops}
+
+
+def test_an_architecture_has_a_labelled_box_per_part_and_an_arrow_per_link():
+    above = [part("stages.0", 16, 8, 8), part("stages.1", 24, 2, 2), part("head", 10, gflops=1e-5)]
+    below = [part("stages.0", 16, 8, 8), part("patch_embed", 4, 64), part("head", 10), part("head_dist", 10)]
+    (axis,) = figures.architecture({"teacher": above, "student": below}, {("stages.1", "stages.0"): "MSE"}).axes
+    assert len(axis.patches) == 7
+    heights = [box.get_height() for box in axis.patches]
+    assert heights[:2] == pytest.approx([1.2, 0.6])  # the square root of the maps' sizes
+    assert heights[3] == heights[0]
+    texts = [text.get_text() for text in axis.texts]
+    assert {"teacher", "student", "MSE", "stages.1", "patch\nembed", "head\ndist"} <= set(texts)
+    for label in ("16×8×8\n1,200 par.\n0.5 GFLOPs", "4 × 64\n1,200 par.\n0.5 GFLOPs", "10\n1,200 par.\n< 0.001 GFLOPs"):
+        assert label in texts
+    arrows = [text for text in axis.texts if isinstance(text, Annotation)]
+    assert len(arrows) == 2 + 2 + 1  # within each network, not between the two heads, and the link
+    upper, lower = axis.patches[1], axis.patches[3]
+    assert arrows[-1].xyann == pytest.approx((upper.get_x() + 0.3, upper.get_y()))
+    assert arrows[-1].xy == pytest.approx((lower.get_x() + 0.3, lower.get_y() + lower.get_height()))
+
+
+def test_overlays_lay_every_map_over_its_image():
+    images, coarse = torch.rand(2, 3, 8, 12), torch.rand(2, 2, 3)
+    figure = figures.overlays(images, {"attention": coarse, "Grad-CAM": torch.rand(2, 8, 12)})
+    assert [len(axis.images) for axis in figure.axes] == [1, 1, 2, 2, 2, 2]
+    assert [figure.axes[i].get_ylabel() for i in (0, 2, 4)] == ["image", "attention", "Grad-CAM"]
+    assert {tuple(image.get_extent()) for axis in figure.axes for image in axis.images} == {(0, 12, 8, 0)}
+    for axis, image in zip(figure.axes, [*images] * 3, strict=True):
+        assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0))
+    assert all(np.array_equal(figure.axes[2 + i].images[1].get_array(), coarse[i]) for i in range(2))
+    assert figure.axes[2].images[1].get_alpha() < 1
+
+
+def test_a_forest_has_a_point_and_an_interval_per_change_with_zero_marked():
+    table = pd.DataFrame({"parameters": ["alpha", "alpha", "gate"], "change": ["a", "b", "c"]})
+    table = table.assign(difference=[0.02, -0.01, 0.05], difference_half_width=[0.013, np.nan, 0.04])
+    (axis,) = figures.forest(table, "hdkd").axes
+    points = [[values.item() for values in bar.lines[0].get_data()] for bar in axis.containers]
+    assert points == [pytest.approx(point) for point in ([2, 0], [-1, 1], [5, 2])]
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in axis.containers]
+    assert ends == [pytest.approx(end) for end in ([0.7, 3.3], [-1, -1], [1, 9])]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first change is on top"
+    colors = [bar.lines[0].get_color() for bar in axis.containers]
+    assert colors[0] == colors[1] != colors[2]
+    assert [0, 0] in [list(line.get_xdata()) for line in axis.lines]
+    assert axis.get_xlabel().startswith("difference to hdkd (percentage points")
 
 
 def test_agreement_has_a_bar_per_stage_and_student():
@@ -130,6 +184,21 @@ def test_optimism_has_a_panel_per_classifier_and_a_mean_per_protocol():
     for axis in figure.axes:
         assert [label.get_text() for label in axis.get_xticklabels()] == ["random", "grouped"]
         assert [bar.lines[0].get_ydata()[0] for bar in axis.containers] == pytest.approx([0.02, 0.12])
+
+
+def test_schedules_are_drawn_over_training_and_the_chosen_one_is_thick():
+    figure = figures.schedules({"linear": lambda t: 1 - t, "local": lambda t: 1.0}, "local")
+    linear, local = figure.axes[0].lines
+    assert (linear.get_ydata()[0], linear.get_ydata()[-1], local.get_ydata()[-1]) == (1, 0, 1)
+    assert local.get_linewidth() > linear.get_linewidth()
+
+
+def test_attention_distances_have_a_dot_per_head_and_a_line_of_means():
+    figure = figures.attention_distances({"DeiT": torch.tensor([[1.0, 3.0], [5.0, 5.0]]), "CSKD": torch.zeros(2, 2)})
+    axis = figure.axes[0]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[2, 5], [0, 0]]
+    assert axis.collections[0].get_offsets()[:, 1].tolist() == [1, 3, 5, 5]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["DeiT", "CSKD"]
 
 
 def test_the_same_figure_gives_the_same_file(history, tmp_path):

@@ -64,3 +64,10 @@ def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
 def test_values_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**({"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 1e-3} | changes))
+
+
+def test_mixing_is_switched_by_a_word():
+    assert (recipes.get("deit").mixup, recipes.get("deit", mixing="none").mixup) == (0.8, 0.0)
+    assert (recipes.get("nano").cutmix, recipes.get("nano", mixing="deit").cutmix) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="mixing must be one of none, deit"):
+        recipes.get("nano", mixing="mixup")

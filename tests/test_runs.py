@@ -158,6 +158,23 @@ def test_a_student_remembers_the_images_it_has_seen(finished_run, digits):
     assert origin == digits.config | {"protocol_of_training": "honest"}
 
 
+def test_settings_are_what_can_be_varied_and_of_the_teacher_what_the_student_does_not_share(finished_run, copied, tmp_path):
+    method, settings = finished_run.config["method"], finished_run.settings
+    student, teacher = method["student"], method["teacher"]
+    expected = finished_run.config["recipe"] | {"method": "HDKD", "network": student["name"], "teacher_name": teacher["name"]}
+    expected |= {"alpha": 0.5, "stages": [1, 2, 3], "num_classes": 10, "img_size": 16}
+    assert expected.items() <= settings.items()
+    assert not settings.keys() & {"student", "teacher", "teacher_weights", "teacher_num_classes", "teacher_img_size"}
+    assert finished_run.settings == settings  # reading them takes nothing from the configuration
+    copied("both", method=method | {"student": student | {"gate": "se"}, "teacher": teacher | {"gate": "se"}})
+    copied("teacher", method=method | {"teacher": teacher | {"gate": "se"}})
+    copied("alone", method={"name": "Supervised", "student": student})
+    both, own, alone = (Run(tmp_path / "runs" / name).settings for name in ("both", "teacher", "alone"))
+    assert both == settings | {"gate": "se"}
+    assert own == settings | {"teacher_gate": "se"}
+    assert not [key for key in alone if key.startswith("teacher")]
+
+
 def test_load_searches_two_levels_deep(finished_run, copied, tmp_path):
     copied("hdkd-seed0")
     for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "hdkd-seed0"):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hdkd_lib.statistics import interval, paired
+from hdkd_lib.statistics import Estimate, interval, paired
 
 scores = st.lists(st.tuples(*[st.integers(0, 1000).map(lambda n: n / 1000)] * 2), min_size=2, max_size=8)
 
@@ -49,3 +49,7 @@ def test_one_value_has_no_interval_and_no_p():
 def test_an_estimate_reads_as_percent():
     assert str(interval([0.812])) == "81.2"
     assert str(interval([0.80, 0.82, 0.84])) == "82.0 ± 5.0"
+    for mean, text in ((0.02, "+2.0 ± 1.3"), (-0.02, "-2.0 ± 1.3"), (0.0, "+0.0 ± 1.3")):
+        assert f"{Estimate(mean, 0.013, 3):+}" == text
+        assert f"{Estimate(mean, 0.013, 3)}" == str(Estimate(mean, 0.013, 3)) == text.removeprefix("+")
+    assert f"{interval([0.02]):+}" == "+2.0"

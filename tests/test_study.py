@@ -117,6 +117,58 @@ def test_publishing_an_unfinished_plan_names_what_is_missing(plan):
 
 
 @pytest.fixture
+def timed(plan, tmp_path, monkeypatch):
+    """`timed(seconds)`: prints how long three teachers and three students take on 5 cores, as `seconds` estimates each."""
+    own = "replicates: [{seed: 0}, {seed: 1}, {seed: 2}]\nthreads: 2\nextends: tiny\n"
+    own += "runs: {student: {notebook: 04_hdkd, teacher: teacher, parameters: {network: hdkd_student_nano}}}"
+    plan(TINY)
+
+    def timed(seconds):
+        monkeypatch.setattr("hdkd_lib.estimate.seconds", seconds)
+        monkeypatch.setattr("torch.set_num_threads", threads.append)
+        study._print_times(study.expand(plan(own, "timed")), tmp_path, cores=5)
+
+    threads = []
+    yield timed
+    assert threads == [2]
+
+
+def test_a_dry_run_adds_up_the_time_of_what_is_not_finished(timed, tmp_path, capsys):
+    (tmp_path / "teacher-seed1").mkdir()
+    (tmp_path / "teacher-seed1" / "metrics.json").touch()
+    asked = []
+    timed(lambda own, teacher: asked.append((own, teacher)) or 3600 / (1 if teacher is None else 6))
+    assert capsys.readouterr().out.split("\n")[1:] == [
+        "run      to run  time of each, with 2 threads",
+        "teacher       2  1.0 h",
+        "student       3  10 min",
+        "in all about 1.2 h on 5 cores, 2 runs side by side",  # (2 * 60 + 3 * 10) / 2 minutes
+        "",
+        "",
+    ]
+    (teacher, none), (student, its_teacher) = asked
+    assert none is None
+    assert its_teacher == teacher
+    assert (teacher["network"], student["network"]) == ("hdkd_teacher_nano", "hdkd_student_nano")
+    assert (student["epochs"], student["stages"], student["alpha"]) == (1, [1, 2, 3], 0.5)  # the last two by default
+
+
+def test_a_dry_run_without_the_data_says_so(timed, capsys):
+    def seconds(*_):
+        raise FileNotFoundError("no data at /here; set HDKD_DATA")
+
+    timed(seconds)
+    assert capsys.readouterr().out.endswith("\nno estimate: no data at /here; set HDKD_DATA\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (3540, "59 min"), (3600, "1.0 h"), (5400, "1.5 h")]
+)
+def test_durations_are_in_the_unit_that_suits_them(seconds, text):
+    assert study._duration(seconds) == text
+
+
+@pytest.fixture
 def fake(plan, tmp_path, monkeypatch):
     """A plan of two notebooks that write a metrics.json without training; `student` fails until the file FIXED exists."""
     header = 'seed: int = 0\nrun_dir: str = ""'

@@ -1,7 +1,8 @@
 import pandas as pd
 import pytest
+from scipy import stats
 
-from hdkd_lib import tables
+from hdkd_lib import runs, tables
 
 DIFFERENCE = "Δ balanced acc. to student"
 
@@ -70,7 +71,9 @@ def test_the_provenance_says_which_part_chose_the_epoch_and_when_that_is_optimis
     assert "epoch chosen on validation;" in tables.provenance(frame)
     assert optimistic in tables.provenance(frame.assign(selection="test"))
     mixed = tables.provenance(frame.assign(selection=["test", *["validation"] * 6]))
-    assert "epoch chosen on test and validation (the paper's protocol: optimistic);" in mixed
+    assert "epoch chosen on test (the paper's protocol: optimistic) and validation;" in mixed
+    column = tables.summary(frame.assign(selection=["test", *["validation"] * 6]))["epoch chosen on"]
+    assert column.tolist() == ["test (the paper's protocol: optimistic)", "validation", "validation"]
 
 
 def test_the_metrics_of_one_run_stand_side_by_side(finished_run):
@@ -78,3 +81,89 @@ def test_the_metrics_of_one_run_stand_side_by_side(finished_run):
     assert table.columns.tolist() == ["best epoch, val", "best epoch, test", "last epoch, val", "last epoch, test"]
     assert table.index.tolist() == list(tables.METRICS.values())
     assert table.loc["accuracy", "last epoch, test"] == f"{finished_run.metrics['last']['test']['accuracy']:.3f}"
+
+
+# Ablations
+
+SCORES = {(0, 0): 0.70, (1, 0): 0.80, (0, 1): 0.90, (1, 1): 0.60}  # of the reference, by seed and fold
+NETWORKS = {"student": {"name": "hdkd_student"}, "teacher": {"name": "hdkd_teacher"}}
+
+
+@pytest.fixture
+def ablated(tmp_path):
+    """`ablated(kind, differences, **changes)`: writes runs that differ so from SCORES, gives the frame of all."""
+
+    def ablated(kind: str, differences: dict, student=(), teacher=(), recipe=(), **method):
+        networks = {key: NETWORKS[key] | dict(own) for key, own in (("student", student), ("teacher", teacher))}
+        for (seed, fold), difference in differences.items():
+            data = {"dataset": "digits", "image_size": 16, "protocol": "grouped", "fold": fold, "fraction": 1.0}
+            config = {"method": {"name": "HDKD", "alpha": 0.5, **networks, **method}, "data": data, "seed": seed}
+            config |= {"recipe": {"epochs": 3, "lr": 0.002, **dict(recipe)}, "precision": "float32"}
+            measured = {"epoch": 2, "test": {"balanced_accuracy": SCORES[seed, fold] + difference, "accuracy": 0.5}}
+            metrics = {"best": measured, "last": measured, "parameters": 1, "seconds": 1.0, "images_per_second": 1.0}
+            run = runs.Run.create(tmp_path / f"{kind}-seed{seed}-fold{fold}", config)
+            runs.write_json(run.path / "metrics.json", metrics)
+            runs.write_json(run.path / "environment.json", {"device": "a CPU"})
+        return runs.load(tmp_path)
+
+    ablated("hdkd", dict.fromkeys(SCORES, 0.0))
+    return ablated
+
+
+GAINS = dict(zip(SCORES, (0.02, 0.03, 0.01, 0.04), strict=True))
+
+
+def test_ablations_name_what_changed_and_put_other_methods_last(ablated):
+    ablated("both", GAINS, student={"gate": "se"}, teacher={"gate": "se"})
+    ablated("teacher", GAINS, teacher={"gate": "se"})
+    ablated("cskd", GAINS, name="CSKD", alpha=0.9)
+    ablated("two", GAINS, alpha=0.75, recipe={"lr": 0.001})
+    frame = ablated("alpha", GAINS, alpha=0.75)
+    table = tables.ablations(frame)
+    assert table[["run", "parameters", "change"]].to_numpy().tolist() == [
+        ["alpha", "alpha", "alpha 0.5 → 0.75"],
+        ["two", "alpha, lr", "alpha 0.5 → 0.75, lr 0.002 → 0.001"],
+        ["both", "gate", "gate default → se"],
+        ["teacher", "teacher_gate", "teacher gate default → se"],
+        ["cskd", "method", "CSKD, cskd"],
+    ]
+    assert tables.ablations(frame, reference="both").set_index("run").change["hdkd"] == "gate se → default"
+    alone = frame[(frame.run == "hdkd") & (frame.seed == 0) | (frame.run == "alpha") & (frame.seed == 1) | (frame.run == "two")]
+    assert tables.ablations(alone).run.tolist() == ["two"]  # where no seed and fold is shared there is no difference
+    with pytest.raises(ValueError, match="no run is named 'hdkk'; there are alpha, both, cskd, hdkd, teacher, two"):
+        tables.ablations(frame, reference="hdkk")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ablations_pair_by_seed_and_fold_and_control_false_discoveries(ablated, seed):
+    ablated("worse", {key: gain - 0.05 for key, gain in GAINS.items()}, alpha=0.25)
+    ablated("equal", dict(zip(SCORES, (-0.1, 0.1, 0.05, -0.06), strict=True)), alpha=0.6)
+    ablated("once", {(1, 0): 0.1}, alpha=0.8)
+    frame = ablated("better", GAINS, alpha=0.75).sample(frac=1, random_state=seed)
+    table = tables.ablations(frame).set_index("run")
+    # differences .02, .03, .01, .04: mean .025, sd .0129, half width 3.1824 * .0129 / 2 = .0205; t = 3.873, p = .0305
+    row = table.loc["better", ["runs", "mean", "difference", "difference_half_width", "p"]]
+    assert row.tolist() == pytest.approx([4, 0.775, 0.025, 0.0205, 0.0305], abs=1e-4)
+    assert table.loc["worse", "difference"] == pytest.approx(-0.025)
+    once = table.loc["once"]
+    assert (once.runs, once["mean"], once.difference) == (1, pytest.approx(0.9), pytest.approx(0.1))
+    assert once[["half_width", "difference_half_width", "p", "q"]].isna().all()
+    tested = table.drop("once")
+    assert tested.q.tolist() == pytest.approx(stats.false_discovery_control(tested.p).tolist())
+    assert set(tables.ablations(frame, compare="accuracy")["difference"]) == {0}
+
+
+def test_written_ablations_hold_the_numbers_and_a_readable_table_with_its_provenance(ablated, tmp_path):
+    ablated("once", {(1, 0): 0.1}, alpha=0.8)
+    frame = ablated("better", GAINS, alpha=0.75)
+    table = tables.ablations(frame)
+    tables.write_ablations(table, tmp_path / "new" / "tables", frame)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "tables" / "ablations.csv"), table)
+    text = (tmp_path / "new" / "tables" / "ablations.md").read_text()
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert header == ["run", "change", "runs", "balanced acc.", "Δ", "p", "q"]
+    assert rows == [
+        ["better", "alpha 0.5 → 0.75", "4", "77.5 ± 18.9", "+2.5 ± 2.1", "0.03", "0.03"],
+        ["once", "alpha 0.5 → 0.8", "1", "90.0", "+10.0", "", ""],
+    ]
+    assert text.endswith(f"\n\n{tables.provenance(frame)}\n")

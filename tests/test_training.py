@@ -21,7 +21,7 @@ from hdkd_lib import runs, training
 from hdkd_lib.data.augment import Augmentation
 from hdkd_lib.data.batches import Files, Part
 from hdkd_lib.data.imbalance import IMBALANCE, class_weights
-from hdkd_lib.methods import HDKD, DeiT, Supervised
+from hdkd_lib.methods import CSKD, HDKD, DeiT, Supervised
 from hdkd_lib.recipes import DEIT, HDKD_STUDENT, HDKD_TEACHER, Recipe
 from hdkd_lib.training import fit
 
@@ -261,6 +261,23 @@ def test_predict_gives_probabilities_in_eval_mode_and_restores_the_mode(make_tas
     assert_close(training.predict(task, digits.test, batch_size=7), whole)
     assert task.training
     assert_close(task.student.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["hdkd_student_nano", "test_resnet"])
+def test_evaluate_measures_a_network_from_elsewhere_on_the_part_asked_for(name, build, digits):
+    measured = []
+    for part in ("train", "val", "test"):
+        measured.append(training.evaluate(build(name), digits, part, device="cpu", precision="float32"))
+        chosen = getattr(digits, part)
+        probabilities = training.predict(Supervised(student=build(name)), chosen)
+        assert measured[-1] == training.metrics.classification(probabilities, chosen.labels)
+    assert training.evaluate(build(name), digits, device="cpu", precision="float32") == measured[-1]
+    assert len({scores["nll"] for scores in measured}) == 3
+
+
+def test_evaluate_refuses_a_network_for_other_classes(build, digits):
+    with pytest.raises(ValueError, match="the network has 7 classes and digits has 10; create it with num_classes=10"):
+        training.evaluate(build(num_classes=7), digits, device="cpu", precision="float32")
 
 
 # The paper's protocol
@@ -665,3 +682,35 @@ def test_an_unknown_precision_is_refused(alone, digits, tmp_path):
     with pytest.raises(ValueError, match=r"precision must be 'auto', 'float32' or 'bf16' \(got 'fp16'\)"):
         fit(alone(), digits, SHORT, tmp_path, device="cpu", precision="fp16")
     assert training.resolve_precision("auto", torch.device("mps")) == "float32"
+
+
+def test_two_processes_train_as_one(digits, build, tmp_path):
+    """Without batch norm and augmentation; 120 images are four batches of 30, 15 in each process."""
+    vit = {
+        "name": "deit_tiny_distilled_patch16_224",
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 1,
+        "num_heads": 2,
+    }
+    plan = replace(SHORT, batch_size=30, augment="none")
+
+    def trained(processes: int):
+        task = CSKD(student=build(**vit, num_classes=10), teacher=build("hdkd_teacher_nano", seed=7))
+        run = fit(task, digits, plan, tmp_path / str(processes), **ON_CPU, num_processes=processes)
+        assert_close(task.student.state_dict(), run.student().state_dict())
+        return run
+
+    one, two = trained(1), trained(2)
+    assert two.environment["processes"] == 2
+    terms = [column for column in one.history if column.startswith("train_")]
+    assert_close(torch.tensor(one.history[terms].values), torch.tensor(two.history[terms].values), rtol=1e-4, atol=1e-5)
+    for name, value in one.student("last").state_dict().items():
+        if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding noise
+            assert_close(value, two.student("last").state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_error_in_a_process_is_said_in_one_sentence(digits, alone, tmp_path):
+    with pytest.raises(RuntimeError, match=r"FloatingPointError: the loss of Supervised became nan in epoch 0; lower lr"):
+        fit(alone(), digits, replace(SHORT, lr=1e30), tmp_path, **ON_CPU, num_processes=2)

@@ -111,6 +111,7 @@ def batches(
     repeats: int = 1,
     crop: bool = False,
     even: bool = False,
+    shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
     workers: int = 4,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,6 +125,7 @@ def batches(
             Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
         crop: whether files are cropped at random; without effect on decoded images.
         even: leave out the last image of a batch of an odd number (mixup pairs them).
+        shard: (i, n) gives the i-th of n equal parts of every batch; what does not divide is left out.
 
     A last batch of one image is left out when shuffling (unless `size` is one): batch norm has no variance for it.
     """
@@ -135,8 +137,9 @@ def batches(
     chunks = list(order.repeat_interleave(repeats)[: len(part)].split(size))
     if shuffle and len(chunks[-1]) == 1 < min(size, len(part)):
         chunks.pop()
-    if even:
-        chunks = [chunk[: len(chunk) // 2 * 2] for chunk in chunks if len(chunk) > 1]
+    index, shards = shard
+    multiple = shards * (2 if even else 1)
+    chunks = [chunk[: len(chunk) // multiple * multiple][index::shards] for chunk in chunks if len(chunk) >= multiple]
 
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", say, as tensors there have it
     if isinstance(part.images, Files):

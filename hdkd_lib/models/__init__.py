@@ -1,5 +1,6 @@
 """Networks: importing this package registers them with timm; `create` makes any timm model and remembers how it was made."""
 
+import contextlib
 import difflib
 import functools
 import importlib.resources
@@ -95,12 +96,13 @@ def parts(model: nn.Module, image_size: int) -> list[dict]:
     def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         found[name] = tuple(output.shape[1:])
 
-    hooks = [module.register_forward_hook(functools.partial(note, name)) for name, module in children.items()]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        for name, module in children.items():
+            stack.callback(module.register_forward_hook(functools.partial(note, name)).remove)
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        stack.enter_context(torch.no_grad())
         model.eval()(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    model.train(was_training)
     flops = counter.get_flop_counts()
     return [
         {

@@ -1,7 +1,6 @@
 """Weights of the official HDKD code (omarsherif200/HDKD) in our networks."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,13 +72,15 @@ def load_official(path: str | Path) -> nn.Module:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a file that is no checkpoint fails in many ways
         raise ValueError(
-            f"{path} is not a file of tensors, as torch.save(model.state_dict(), path) writes it ({str(error).splitlines()[0]})"
+            f"{path} is not a file of tensors, as torch.save(model.state_dict(), path) writes it ({type(error).__name__})"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path} holds no state dict; save it by torch.save(model.state_dict(), path)")
     weights = convert_official_state_dict(state)
+    if "head.weight" not in weights or not weights.keys() & {"fc.weight", "pos_embed"}:
+        raise ValueError(f"{path} holds only a part of an official network ({len(weights)} entries)")
     if "fc.weight" in weights:
         model = models.create("hdkd_teacher", num_classes=len(weights["head.weight"]))
     else:

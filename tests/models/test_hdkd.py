@@ -8,7 +8,6 @@ import torch
 from torch.testing import assert_close
 
 from hdkd_lib import models
-from hdkd_lib.models.official import convert_official_state_dict
 
 FULL = ["hdkd_teacher", "hdkd_student", "hdkd_student_distilled"]
 NAMES = [name + size for name in FULL for size in ("", "_nano")]
@@ -89,22 +88,6 @@ def test_parameter_counts_of_the_variants_are_those_measured(name, variant, expe
 )
 def test_forward_passes_cost_the_flops_measured_at_224(name, variant, gflops):
     assert models.cost(on_meta(name, num_classes=7, **variant), 224)["gflops"] == pytest.approx(gflops, abs=1e-3)
-
-
-@pytest.mark.parametrize(("net", "name"), [*zip(["teacher", "student", "distilled"], FULL, strict=True)])
-def test_official_checkpoints_convert_to_every_entry_of_ours_without_a_copy(net, name, golden):
-    official = {entry: torch.empty(shape, device="meta") for entry, shape in golden["shapes"][net].items()}
-    converted = convert_official_state_dict({f"module.{entry}": value for entry, value in official.items()})
-    ours = on_meta(name, num_classes=7).state_dict()
-    assert {entry: value.shape for entry, value in converted.items()} == {entry: value.shape for entry, value in ours.items()}
-    assert {id(v) for v in converted.values()} == {id(v) for v in official.values()}
-
-
-def test_checkpoints_of_other_networks_are_not_converted():
-    with pytest.raises(ValueError, match=r"not a checkpoint of the official HDKD code.*'conv1"):
-        convert_official_state_dict(on_meta("test_resnet").state_dict())
-    with pytest.raises(ValueError, match=r"not a checkpoint of the official HDKD code.*'stages"):
-        convert_official_state_dict(on_meta("hdkd_teacher_nano").state_dict())
 
 
 # timm's contract
