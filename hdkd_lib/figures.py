@@ -292,19 +292,24 @@ def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "
 
 
 def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[str]) -> Figure:
-    """Confusion matrices side by side: counts in the cells, colour by the share of the true class (rows)."""
-    names = [str(name).replace("_", "\n") for name in classes]
-    size = max(3.2, 0.55 * len(classes) + 1)
+    """Confusion matrices side by side: counts in the cells, colour by the share of the true class (rows).
+
+    More than 30 classes are drawn without counts and names.
+    """
+    is_few = len(classes) <= 30
+    names = [str(name).replace("_", "\n") for name in classes] if is_few else False
+    size = max(3.2, 0.55 * len(classes) + 1) if is_few else 6
     figure, axes = _subplots(1, len(matrices), figsize=(size * len(matrices) + 0.8, size), squeeze=False)
     for i, (axis, (name, counts)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
         counts = np.asarray(counts)
         sns.heatmap(
-            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1,
-            cbar=False, square=True, linewidths=0.5, annot_kws={"fontsize": 9}, ax=axis,
+            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts if is_few else None, fmt="d", cmap="Blues",
+            vmin=0, vmax=1, cbar=False, square=True, linewidths=0.5 if is_few else 0, annot_kws={"fontsize": 9}, ax=axis,
             xticklabels=names, yticklabels=names if i == 0 else False,
         )  # fmt: skip
-        axis.tick_params(axis="both", rotation=0, labelsize=8)
-        _name_classes(axis, axis.get_xticks(), classes)
+        if is_few:
+            axis.tick_params(axis="both", rotation=0, labelsize=8)
+            _name_classes(axis, axis.get_xticks(), classes)
         axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")
     return figure
 

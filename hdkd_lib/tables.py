@@ -89,6 +89,29 @@ def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "b
     return table.sort_values(["parameters", "run"], key=lambda c: (c == "method").astype(str) + c, ignore_index=True)
 
 
+def optimism(frame: pd.DataFrame, compare: str = "balanced_accuracy") -> pd.DataFrame:
+    """What the paper's protocol adds to a result: kinds of run that chose their epoch on the test part beside honest twins.
+
+    Columns: run, honest (the kind that differs from it in the protocol alone), and in percent its score on the test part, its
+    score at the last epoch, which nothing chose, the honest kind's score, the paired difference to that, and its p.
+    """
+    settings = {kind: Run(group.path.iloc[0]).settings | {"protocol": None} for kind, group in frame.groupby("run")}
+    rows = []
+    for kind, group in frame[frame.selection == "test"].groupby("run", sort=False):
+        for twin, other in frame[frame.selection == "validation"].groupby("run", sort=False):
+            pairs = group.merge(other, on=REPLICATE, suffixes=("", "_honest"))
+            if settings[twin] == settings[kind] and len(pairs):
+                difference = paired(pairs[compare], pairs[f"{compare}_honest"])
+                scores = {
+                    "chosen on test": compare,
+                    "last epoch": f"last_{compare}",
+                    "chosen on validation": f"{compare}_honest",
+                }
+                row = {name: str(interval(pairs[column])) for name, column in scores.items()}
+                rows.append({"run": kind, "honest": twin, **row, "Δ": f"{difference:+}", "p": _p(difference.p)})
+    return pd.DataFrame(rows)
+
+
 def readable(table: pd.DataFrame, compare: str = "balanced_accuracy") -> pd.DataFrame:
     """A table of `ablations` in percent and percentage points."""
     estimates = [

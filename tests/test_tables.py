@@ -167,3 +167,16 @@ def test_written_ablations_hold_the_numbers_and_a_readable_table_with_its_proven
         ["once", "alpha 0.5 → 0.8", "1", "90.0", "+10.0", "", ""],
     ]
     assert text.endswith(f"\n\n{tables.provenance(frame)}\n")
+
+
+def test_optimism_is_the_difference_to_the_run_that_differs_in_the_protocol_alone(ablated):
+    ablated("alpha", GAINS, alpha=0.75)
+    ablated("alpha_paper", dict.fromkeys(SCORES, 0.05), alpha=0.75, recipe={"protocol": "paper"})
+    frame = ablated("lonely_paper", GAINS, alpha=0.25, recipe={"protocol": "paper"})
+    [row] = tables.optimism(frame).to_dict("records")
+    assert (row["run"], row["honest"], row["Δ"]) == ("alpha_paper", "alpha", "+2.5 ± 2.1")
+    expected = {"chosen on test": 0.05, "last epoch": 0.05, "chosen on validation": 0.025}
+    assert {name: row[name].split()[0] for name in expected} == {
+        name: f"{100 * (sum(SCORES.values()) / len(SCORES) + gain):.1f}" for name, gain in expected.items()
+    }
+    assert tables.optimism(frame[frame.selection == "validation"]).empty
