@@ -70,6 +70,11 @@ def test_published_tables_regenerate_from_the_published_runs_alone(folder, tmp_p
     tables.write(runs.load(folder), tmp_path)
     for file in ("runs.csv", "summary.csv", "summary.md"):
         assert (tmp_path / file).read_text() == (folder / "tables" / file).read_text()
+    if (folder / "ablations").exists():
+        frame = runs.load(folder)
+        tables.write_ablations(tables.ablations(frame), tmp_path, frame)
+        for file in ("ablations.csv", "ablations.md"):
+            assert (tmp_path / file).read_text() == (folder / "ablations" / file).read_text()
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
@@ -81,6 +86,16 @@ def test_the_manifest_names_every_published_file_with_its_hash(folder):
 
 def test_readme_shows_the_published_table():
     assert (ROOT / "results/published/brain_tumor_nano/tables/summary.md").read_text() in (ROOT / "README.md").read_text()
+
+
+def test_readme_says_what_the_ablations_say():
+    table = pd.read_csv(ROOT / "results" / "published" / "hdkd_ablations" / "ablations" / "ablations.csv").set_index("run")
+    own = table[table.parameters != "method"]
+    worst = own.loc["stem4"]
+    text = (ROOT / "README.md").read_text()
+    assert f"at {100 * worst.difference:.1f} ± {100 * worst.difference_half_width:.1f} points" in text
+    assert own.difference.idxmin() == "stem4"
+    assert f"all q >= {table.q.min():.2f}" in text
 
 
 @pytest.mark.parametrize(("dataset", "title"), [("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")])
