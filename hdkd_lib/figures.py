@@ -1,5 +1,6 @@
 """Figures, all in one style. Each function draws on axes of its own and returns the figure, which pyplot does not keep."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from hdkd_lib.statistics import interval
@@ -29,6 +32,17 @@ def set_style() -> None:
             "svg.hashsalt": "hdkd",  # the same figure gives the same file
         }
     )
+    if (shell := get_ipython()) is not None:
+        plt.close(plt.figure())  # Jupyter's backend registers its own way of showing figures with the first of them
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _light_png)
+
+
+def _light_png(figure: Figure) -> bytes:
+    """A third of the usual bytes, by 256 colours: notebooks are committed with their figures."""
+    whole, light = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", dpi=figure.dpi, bbox_inches="tight")
+    Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(light, format="png", optimize=True)
+    return light.getvalue()
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -221,7 +235,8 @@ def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> F
 def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc")) -> Figure:
     """Test metrics by kind of run: a dot per replicate, one seed and fold joined, mean and 95 % t interval in black."""
     names = list(dict.fromkeys(frame.run))
-    figure, axes = _subplots(1, len(metrics), figsize=(3.6 * len(metrics), 3.4), squeeze=False)
+    width = max(3.6, 0.5 * len(names))
+    figure, axes = _subplots(1, len(metrics), figsize=(width * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for color, (_, replicate) in zip(_cycle(), frame.groupby(["seed", "fold"]), strict=False):
             values = replicate.set_index("run")[metric].reindex(names) * 100
@@ -230,11 +245,12 @@ def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy
             axis.scatter(range(len(names)), values, s=26, color=color, label=label, zorder=2)
         for x, name in enumerate(names):
             estimate = interval(frame[frame.run == name][metric])
-            width = None if np.isnan(estimate.half_width) else 100 * estimate.half_width
-            axis.errorbar(x + 0.22, 100 * estimate.mean, width, fmt="_", color="black", ms=10, capsize=3, zorder=3)
+            half = None if np.isnan(estimate.half_width) else 100 * estimate.half_width
+            axis.errorbar(x + 0.22, 100 * estimate.mean, half, fmt="_", color="black", ms=10, capsize=3, zorder=3)
         low, high = axis.get_ylim()  # an interval of few runs may reach beyond what the metric can be
         axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4), ylim=(max(low, 0), min(high, 101)))
-        axis.set_xticks(range(len(names)), names)
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
+        axis.set_xticks(range(len(names)), names, **slanted)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8)
     return figure
 
@@ -280,14 +296,14 @@ def forest(table: pd.DataFrame, reference: str) -> Figure:
 
 def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "val_balanced_accuracy") -> Figure:
     """A history column in percent by epoch: every replicate thin, the mean of each kind of run thick."""
-    figure, axis = _subplots(figsize=(6, 3.4))
+    figure, axis = _subplots(figsize=(7.5, 3.4))
     for color, (name, replicates) in zip(_cycle(), histories.items(), strict=False):
         for history in replicates:
-            axis.plot(history.epoch + 1, 100 * history[column], color=color, lw=0.6, alpha=0.5)
+            axis.plot(history.epoch + 1, 100 * history[column], color=color, lw=0.4, alpha=0.3)
         mean = pd.concat(replicates).groupby("epoch")[column].mean()
         axis.plot(mean.index + 1, 100 * mean, color=color, lw=2, label=f"{name} (mean of {len(replicates)})")
     axis.set(xlabel="epoch", ylabel=f"{column.replace('val_', 'validation ').replace('_', ' ')} (%)")
-    axis.legend()
+    figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 
@@ -299,18 +315,22 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
     is_few = len(classes) <= 30
     names = [str(name).replace("_", "\n") for name in classes] if is_few else False
     size = max(3.2, 0.55 * len(classes) + 1) if is_few else 6
-    figure, axes = _subplots(1, len(matrices), figsize=(size * len(matrices) + 0.8, size), squeeze=False)
-    for i, (axis, (name, counts)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+    columns = min(4, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure, axes = _subplots(rows, columns, figsize=(size * columns + 0.8, size * rows), squeeze=False)
+    for axis in axes.flat[len(matrices) :]:
+        axis.axis("off")
+    for i, (axis, (name, counts)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
         counts = np.asarray(counts)
         sns.heatmap(
             counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts if is_few else None, fmt="d", cmap="Blues",
             vmin=0, vmax=1, cbar=False, square=True, linewidths=0.5 if is_few else 0, annot_kws={"fontsize": 9}, ax=axis,
-            xticklabels=names, yticklabels=names if i == 0 else False,
+            xticklabels=names, yticklabels=names if i % columns == 0 else False,
         )  # fmt: skip
         if is_few:
             axis.tick_params(axis="both", rotation=0, labelsize=8)
             _name_classes(axis, axis.get_xticks(), classes)
-        axis.set(title=name, xlabel="predicted", ylabel="true" if i == 0 else "")
+        axis.set(title=name, xlabel="predicted", ylabel="true" if i % columns == 0 else "")
     return figure
 
 

@@ -12,14 +12,17 @@
 """  # fmt: skip
 
 import hashlib
+import inspect
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
+from inspect import Parameter
 from pathlib import Path
 
 import filelock
@@ -28,7 +31,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hdkd_lib import models
+from hdkd_lib import methods, models
+from hdkd_lib.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,19 +144,18 @@ class Run:
     @property
     def settings(self) -> dict:
         """What can be varied, flat: the method and its arguments, the student's options, the recipe; `teacher_...` is what the
-        teacher does not share with the student."""
+        teacher does not share with the student. What a run of an older version does not name had its default."""
         method = dict(self.config["method"])
         student, teacher = dict(method.pop("student")), method.pop("teacher", {})
         method.pop("teacher_weights", None)
-        own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
-        return {
-            "method": method.pop("name"),
-            "network": student.pop("name"),
-            **self.config["recipe"],
-            **method,
-            **student,
-            **own,
+        name = method.pop("name")
+        defaults = {field.name: field.default for field in fields(Recipe)}
+        defaults |= {key: p.default for key, p in inspect.signature(getattr(methods, name)).parameters.items()}
+        known = {
+            key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items() if v not in (MISSING, Parameter.empty)
         }
+        own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
+        return {**known, "method": name, "network": student.pop("name"), **self.config["recipe"], **method, **student, **own}
 
     def student(self, which: str = "best", **options) -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".

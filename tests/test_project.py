@@ -88,6 +88,14 @@ def test_readme_shows_the_published_table():
     assert (ROOT / "results/published/brain_tumor_nano/tables/summary.md").read_text() in (ROOT / "README.md").read_text()
 
 
+def test_readme_says_what_the_papers_protocol_is_worth():
+    from hdkd_lib import runs, tables
+
+    [row] = tables.optimism(runs.load(ROOT / "results" / "published" / "brain_tumor_nano")).to_dict("records")
+    paper, honest = (row[column].split()[0] for column in ("chosen on test", "chosen on validation"))
+    assert re.search(rf"reports\s{paper} where the honest one reports {honest} ", (ROOT / "README.md").read_text())
+
+
 def test_readme_says_what_the_ablations_say():
     table = pd.read_csv(ROOT / "results" / "published" / "hdkd_ablations" / "ablations" / "ablations.csv").set_index("run")
     own = table[table.parameters != "method"]
