@@ -71,6 +71,11 @@ def fit(
     """
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
+    if num_processes < 1 or (num_processes > 1 and device.type == "cuda" and torch.cuda.device_count() < num_processes):
+        raise ValueError(
+            f"num_processes must be at least 1, and at most the number of GPUs where there are any "
+            f"(got {num_processes}, {torch.cuda.device_count()} GPUs)"
+        )
     _check_classes(task.student, data)
     config = {
         "method": task.describe() | ({"teacher_weights": digest(task.teacher)} if hasattr(task, "teacher") else {}),
@@ -107,8 +112,6 @@ def _train_in_processes(
     count: int, task: Method, data: Data, recipe: Recipe, run: Run, seed: int, device: torch.device, *options
 ):
     """`_train` in `count` processes of this machine, which sum their gradients; leaves the task as `_train` does."""
-    if device.type == "cuda" and torch.cuda.device_count() < count:
-        raise ValueError(f"num_processes={count} needs as many GPUs; this machine has {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         arguments = (count, meeting, task.cpu(), data, recipe, run, seed, device.type, *options)

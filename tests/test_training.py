@@ -714,3 +714,9 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
 def test_an_error_in_a_process_is_said_in_one_sentence(digits, alone, tmp_path):
     with pytest.raises(RuntimeError, match=r"FloatingPointError: the loss of Supervised became nan in epoch 0; lower lr"):
         fit(alone(), digits, replace(SHORT, lr=1e30), tmp_path, **ON_CPU, num_processes=2)
+
+
+def test_no_processes_are_refused_before_anything_is_written(alone, digits, tmp_path):
+    with pytest.raises(ValueError, match=r"num_processes must be at least 1.*got 0"):
+        fit(alone(), digits, SHORT, tmp_path / "run", **ON_CPU, num_processes=0)
+    assert not (tmp_path / "run").exists()
