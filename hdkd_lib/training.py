@@ -198,10 +198,8 @@ def _train(
         split = pd.DataFrame([(i, part) for part in parts for i in getattr(data, part).ids], columns=["id", "part"])
         write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
-    done, quiet = (
-        len(history),
-        "TQDM_DISABLE" in os.environ or rank > 0,
-    )  # tqdm's notebook bar does not read the variable itself
+    done = len(history)
+    quiet = "TQDM_DISABLE" in os.environ or rank > 0  # tqdm's notebook bar does not read the variable itself
     progress = tqdm(range(done, recipe.epochs), desc=type(task).__name__, initial=done, total=recipe.epochs, disable=quiet)
     for epoch in progress:
         start = time.perf_counter()

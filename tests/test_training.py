@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import study
 from hdkd_lib import data as hdkd_data
-from hdkd_lib import runs, training
+from hdkd_lib import recipes, runs, training
 from hdkd_lib.data.augment import Augmentation
 from hdkd_lib.data.batches import Files, Part
 from hdkd_lib.data.imbalance import IMBALANCE, class_weights
@@ -709,6 +710,30 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
     for name, value in one.student("last").state_dict().items():
         if "qkv.bias" not in name:  # the keys' bias has no gradient but rounding noise
             assert_close(value, two.student("last").state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["imagenet_cskd_tiny"])
+def test_the_imagenet_plans_start_on_files_in_several_processes(plan, build, tmp_path):
+    """Two steps of their students and recipes on generated images, with a smaller teacher."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 10), ("test", 1)):
+        for name in "abc":
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(random.integers(0, 256, (80, 60, 3), np.uint8))
+                image.save(tmp_path / "images" / part / name / f"{part}{i}.jpg")
+    [job] = [job for job in study.expand(plan)["jobs"].values() if not job["report"]]
+    chosen = job["parameters"]
+    where = {"image_size": chosen["image_size"], "protocol": chosen["protocol"], "from_files": True}
+    images = hdkd_data.load("folder", tmp_path / "images", **where)
+    student = build(chosen["network"], num_classes=3, **chosen["network_options"])
+    task = CSKD(student=student, teacher=build("resnet10t", num_classes=3, output_stride=8))
+    own = {key: chosen[key] for key in ("lr", "augment")}
+    recipe = recipes.get(chosen["recipe"], epochs=1, batch_size=len(images.train) // 2 // 4 * 4, **own)
+    run = fit(task, images, recipe, tmp_path / "run", **ON_CPU, num_processes=2)
+    assert (run.config["recipe"]["repeats"], run.config["recipe"]["mixup"]) == (3, 0.8)
+    assert {"train_class_loss", "train_distillation_loss", "train_spatial_loss"} <= set(run.history)
+    assert run.environment["processes"] == 2
 
 
 def test_an_error_in_a_process_is_said_in_one_sentence(digits, alone, tmp_path):

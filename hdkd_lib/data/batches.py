@@ -1,6 +1,8 @@
 """Batches of uint8 images on the device, from its own memory, from the cache on disk, or from image files."""
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -113,11 +115,12 @@ def batches(
     even: bool = False,
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
-    workers: int = 4,
+    workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images uint8, labels) by batches on the device; the order is drawn from torch's global CPU generator.
 
-    What is not resident there is read ahead by a thread (from the cache) or by `workers` processes (from files).
+    What is not resident there is read ahead by a thread (from the cache) or by `workers` processes (from files;
+    None: as many as this process has cores, at most 16).
 
     Args:
         weights: (C,) draw each image with its class's weight, with replacement, instead of once (the balanced sampler).
@@ -143,9 +146,12 @@ def batches(
 
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", say, as tensors there have it
     if isinstance(part.images, Files):
+        if workers is None:
+            workers = max(1, min(16, (os.cpu_count() or 1) // shards))
         read = DataLoader(
             _Reader(part, crop), batch_sampler=[chunk.tolist() for chunk in chunks], collate_fn=fast_collate,
             num_workers=workers, pin_memory=device.type == "cuda",
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # a spawned process would spawn
         )  # fmt: skip
     elif part.labels.device == device:
         chunks = torch.cat([order[:0], *chunks]).to(device).split([len(chunk) for chunk in chunks])  # one copy an epoch
