@@ -1,9 +1,14 @@
 """What trained networks look at: attention of transformer tokens, Grad-CAM of convolutional stages."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from hdkd_lib.models.dearkd import ConvAttention
 
 
 class _RecordAttention(TorchFunctionMode):
@@ -24,9 +29,23 @@ class _RecordAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards for every module the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, is_training in modes.items():
+            module.training = is_training
+
+
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Attention (B, heads, N, N) of every block of a transformer with fused attention: rows are queries and sum to 1.
+
+    In blocks of DearKD's `ConvAttention`, content and position together.
 
     Args:
         images: (B, C, H, W) in the model's normalisation.
@@ -34,10 +53,17 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     Raises:
         ValueError: the model has no fused attention (`torch.nn.functional.scaled_dot_product_attention`).
     """
-    was_training = model.training
-    with _RecordAttention() as record:
-        model.eval()(images)
-    model.train(was_training)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        record = stack.enter_context(_RecordAttention())
+
+        def add_position(attention: ConvAttention, *_) -> None:
+            record.maps[-1] = attention.mix(record.maps[-1])
+
+        for module in model.modules():
+            if isinstance(module, ConvAttention):
+                stack.callback(module.register_forward_hook(add_position).remove)
+        model(images)
     if not record.maps:
         raise ValueError(f"{type(model).__name__} has no fused attention to look at; take a vision transformer of timm's")
     return record.maps
@@ -97,13 +123,12 @@ def grad_cam(model: nn.Module, images: Tensor, layer: str, classes: Tensor | Non
     if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < model.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes (asked for {sorted(set(classes.tolist()))})")
     targets = None if classes is None else [ClassifierOutputTarget(int(label)) for label in classes]
-    trained, was_training = [parameter.requires_grad for parameter in model.parameters()], model.training
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     try:
         model.requires_grad_(True)  # a frozen teacher has no gradients to look at
-        with GradCAM(model.eval(), [target_layer]) as cam:
+        with _evaluating(model), GradCAM(model, [target_layer]) as cam:
             return torch.from_numpy(cam(images, targets))
     finally:
         model.zero_grad()
-        model.train(was_training)
         for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
             parameter.requires_grad_(requires_grad)

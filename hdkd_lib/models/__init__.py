@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hdkd_lib.models import hdkd as _hdkd  # noqa: F401  (registers the models)
+from hdkd_lib.models import dearkd as _dearkd  # noqa: F401  (registers the models)
+from hdkd_lib.models import hdkd as _hdkd  # noqa: F401
 
 
 def create(name: str, **kwargs) -> nn.Module:
