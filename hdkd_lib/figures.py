@@ -208,8 +208,8 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def loss_terms(history: pd.DataFrame, terms: Mapping[str, str]) -> Figure:
-    """Terms of a method's loss by epoch, logarithmic, each under its equation.
+def loss_terms(history: pd.DataFrame, terms: Mapping[str, str], yscale: str = "log") -> Figure:
+    """Terms of a method's loss by epoch, each under its equation.
 
     Args:
         terms: column of the history without its prefix `train_`, and the equation in TeX.
@@ -217,7 +217,7 @@ def loss_terms(history: pd.DataFrame, terms: Mapping[str, str]) -> Figure:
     figure, axes = _subplots(1, len(terms), figsize=(4.6 * len(terms), 3), squeeze=False)
     for axis, color, (term, equation) in zip(axes[0], _cycle(), terms.items(), strict=False):
         axis.plot(history.epoch + 1, history[f"train_{term}"], color=color)
-        axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "), yscale="log")
+        axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "), yscale=yscale)
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
@@ -276,6 +276,42 @@ def attention_distances(distances: Mapping[str, Tensor]) -> Figure:
     axis.set(xlabel="block", ylabel="mean attention distance (pixels)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
+    return figure
+
+
+def heatmaps(rows: Mapping[str, Tensor], limits: tuple[float, float] | None = None) -> Figure:
+    """One row of maps (N, h, w) per entry; `limits` as in `overlays`."""
+    low, high = limits or (None, None)
+    count = max(len(maps) for maps in rows.values())
+    figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 1.6, 1.2 * len(rows)), squeeze=False)
+    for line, (name, maps) in zip(axes, rows.items(), strict=True):
+        for axis, values in zip(line, maps, strict=False):
+            axis.imshow(values.cpu().numpy(), cmap="inferno", vmin=low, vmax=high)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy") -> Figure:
+    """A test metric by the share of the training images, per kind of run: means and their 95 % t intervals."""
+    figure, axis = _subplots(figsize=(6.5, 3.6))
+    kinds = list(dict.fromkeys(frame.kind))
+    for i, (color, kind) in enumerate(zip(_cycle(), kinds, strict=False)):
+        groups = frame[frame.kind == kind].groupby("fraction")[metric]
+        places = np.array(sorted(groups.groups)) * 1.03 ** (i - (len(kinds) - 1) / 2)
+        estimates = [interval(values) for _, values in groups]
+        half = [0 if np.isnan(e.half_width) else 100 * e.half_width for e in estimates]
+        axis.errorbar(
+            100 * places, [100 * e.mean for e in estimates], half, color=color, marker="o", ms=4, capsize=3, label=kind
+        )
+    axis.set(xscale="log", xlabel="training images (%)", ylabel=f"{METRICS[metric]} (%)")
+    ticks = sorted(100 * frame.fraction.unique())
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(top=min(axis.get_ylim()[1], 101))
+    axis.legend(fontsize=8)
     return figure
 
 

@@ -2,7 +2,8 @@
 
 import torch
 import torchmetrics.functional.classification as M
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def classification(probabilities: Tensor, labels: Tensor) -> dict:
@@ -19,7 +20,7 @@ def classification(probabilities: Tensor, labels: Tensor) -> dict:
         "macro_f1": M.multiclass_f1_score(probabilities, labels, C, average="macro"),
         "macro_auroc": M.multiclass_auroc(probabilities, labels, C, average="macro"),
         "ece": M.multiclass_calibration_error(probabilities, labels, C, n_bins=15),
-        "nll": torch.nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), labels),
+        "nll": nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), labels),
     }
     confusion = M.multiclass_confusion_matrix(probabilities, labels, C)
     return {name: round(value.item(), 6) for name, value in scores.items()} | {"confusion": confusion.tolist()}
@@ -37,3 +38,31 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         grams.append(features @ features.T)
     a, b = grams
     return ((a * b).sum() / (a.norm() * b.norm())).item()
+
+
+def diversity(features: Tensor, labels: Tensor) -> float:
+    """Mean distance between the unit-length features (N, D) of two images of one class, in [0, 2], mean over classes."""
+    z = nn.functional.normalize(features.float(), dim=1)
+    return torch.stack([torch.pdist(z[labels == label]).mean() for label in labels.unique()]).mean().item()
+
+
+def precision_recall(real: Tensor, synthetic: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Kynkaanniemi et al. 2019 (arXiv 1904.06991): the share of the synthetic features (N, D) within reach of real ones (M, D),
+    and of the real within reach of synthetic ones; reach is the distance to the k-th neighbour among one's own.
+    """
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        reach = torch.cdist(by, by).kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+        return (torch.cdist(points, by) <= reach).any(1).float().mean().item()
+
+    return covered(synthetic.float(), real.float()), covered(real.float(), synthetic.float())
+
+
+def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
+    """Squared Frechet distance of Gaussians fitted to features (N, D) and (M, D): the FID, in the teacher's features."""
+    given = nn.Identity()
+    given.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(feature=given)
+    metric.update(real.float(), real=True)
+    metric.update(synthetic.float(), real=False)
+    return metric.compute().item()

@@ -60,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         aside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}; free some space and start again, finished epochs are kept") from error
+        raise OSError(f"cannot write {path}: {error}; free some space and start again, what is finished is kept") from error
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,489 @@
+"""Images from a teacher alone, for distillation without data: batch statistics inversion, and how good its images are.
+
+Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020 (arXiv 1912.08795), with the
+boundary-preserving intra-divergence loss that DearKD adds (Chen et al., CVPR 2022, arXiv 2204.12997). Images x are optimised
+from noise, the teacher f stays as it is:
+
+    L(x) = CE(f(x), y) + a_tv TV(x) + a_l2 |x| + a_bn R(x) + a_div L_BPID + a_comp (1 - JS(f(x), student(x)))
+    R(x) = sum over batch norms l of c_l (|mu_l(x) - running mean_l| + |var_l(x) - running var_l|)          norms, not squares
+
+Formulas and settings of DeepInversion from its paper and its public code's documentation; the code itself is non-commercial and
+none of it is here. The form of L_BPID is OUR CHOICE: of DearKD's loss only its purpose is known [paper].
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.utils import random_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hdkd_lib import metrics
+from hdkd_lib.data.batches import Normalise, Part
+from hdkd_lib.methods.base import Teacher
+from hdkd_lib.runs import write_atomically, write_json
+from hdkd_lib.training import autocast, digest, resolve_device, resolve_precision
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How images are made.
+
+    Attributes:
+        batch_size: images that are optimised together; at least four of each of its classes.
+        stages: (scale, iterations) in order: the images grow from scale * size to the size itself.
+        warmup: iterations at the start of each stage in which the rate rises.
+        cosine: whether the rate then falls to zero by a half cosine.
+        tv, l2, batchnorm, divergence, competition: weights of the terms.
+        first: factor of the first batch norm.
+        jitter: largest shift in pixels per side at full size, around the edges; drawn anew in every iteration.
+        flip: whether half of the iterations see the images mirrored.
+    """
+
+    batch_size: int
+    lr: float
+    stages: tuple[tuple[float, int], ...]
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+    cosine: bool = False
+    tv: float = 0.0
+    l2: float = 0.0
+    batchnorm: float = 1.0
+    first: float = 1.0
+    divergence: float = 1.0
+    competition: float = 0.0
+    jitter: int = 0
+    flip: bool = False
+
+    def __post_init__(self):
+        scales = [scale for scale, _ in self.stages]
+        if self.batch_size < 4 or self.lr <= 0 or not scales or scales[-1] != 1 or min(scales) <= 0:
+            raise ValueError(f"an inversion needs batch_size >= 4, lr > 0 and stages that end at scale 1 (got {self})")
+
+
+PRESETS = {
+    # DeepInversion's for ResNet-34 on CIFAR-10 [code].
+    "cifar": Inversion(batch_size=256, lr=0.05, stages=((1.0, 2000),), tv=2.5e-5, batchnorm=10.0, jitter=2),
+    # DeepInversion's for ResNet-50 on ImageNet [code].
+    "imagenet": Inversion(
+        batch_size=84,
+        lr=0.25,
+        betas=(0.5, 0.9),
+        stages=((0.5, 2000), (1.0, 1000)),
+        warmup=100,
+        cosine=True,
+        tv=1e-4,
+        l2=1e-5,
+        batchnorm=0.01,
+        first=10.0,
+        jitter=30,
+        flip=True,
+    ),
+    # OUR CHOICE, for images of 16 to 64 pixels and nano teachers on a CPU: CIFAR's weights, larger steps, a tenth of them.
+    "small": Inversion(
+        batch_size=80, lr=0.1, stages=((1.0, 200),), warmup=10, cosine=True, tv=2.5e-5, batchnorm=10.0, jitter=1
+    ),
+}
+
+
+def batchnorm_loss(inputs: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], first: float = 1.0) -> Tensor:
+    """R of the module's head, in float32: inputs (B, C_l, h_l, w_l) of the batch norms; `first` is c_1, all other c_l are 1."""
+    terms = []
+    for x, norm in zip(inputs, norms, strict=True):
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        terms.append((mean - norm.running_mean.float()).norm() + (var - norm.running_var.float()).norm())
+    terms[0] = terms[0] * first
+    return torch.stack(terms).sum()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum of the norms of the differences of neighbours along rows, columns and both diagonals; (B, C, h, w) -> scalar."""
+    x = images
+    steps = (
+        x[..., 1:] - x[..., :-1],
+        x[..., 1:, :] - x[..., :-1, :],
+        x[..., 1:, 1:] - x[..., :-1, :-1],
+        x[..., 1:, :-1] - x[..., :-1, 1:],
+    )
+    return torch.stack([step.norm() for step in steps]).sum()
+
+
+def competition_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """1 - JS(teacher, student), the Jensen-Shannon divergence of the classes by logits (B, K) in nats, in float32."""
+    p, q = (logits.float().softmax(1) for logits in (teacher, student))
+    m = ((p + q) / 2).clamp_min(1e-12).log()
+    return 1 - (F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean")) / 2
+
+
+def intra_divergence_loss(features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0) -> Tensor:
+    """L_BPID: classes stay apart by a margin, and within it images of one class spread.
+
+    With z the features of unit length, D_ij = |z_i - z_j|, hp_i the farthest of i's class and hn_i the nearest of the others:
+
+        L_BP = mean_i max(0, hp_i - hn_i + margin)
+        L_ID = -mean over the i with hp_i + margin < hn_i of the mean D_ij over i's class;        L_BPID = L_BP + weight L_ID
+
+    so that the spread ends where it reaches the nearest other class.
+
+    Args:
+        features: (B, D) of the teacher, before its classifier.
+        labels: (B,), as many of each class, at least two of at least two classes.
+
+    Raises:
+        ValueError: the classes are not balanced.
+    """
+    _check_balance(labels)
+    return _intra_divergence(features, labels, margin, weight)
+
+
+def _check_balance(labels: Tensor) -> None:
+    counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2 or counts.min() < 2 or counts.min() != counts.max():
+        raise ValueError(
+            "the intra-divergence loss needs a batch with equally many images, at least two, of each of at least two classes "
+            f"(got {counts.tolist()})"
+        )
+
+
+def _intra_divergence(features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0) -> Tensor:
+    z = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    squared = 2 - 2 * z @ z.T
+    distance = squared.clamp_min(1e-8).sqrt()  # the root has no gradient at 0
+    same = labels[:, None] == labels
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positives = same & ~itself
+    farthest = distance.masked_fill(~positives, -math.inf).amax(1)
+    nearest = distance.masked_fill(same, math.inf).amin(1)
+    boundary = (farthest - nearest + margin).relu().mean()
+    is_inside = (farthest.detach() + margin < nearest.detach()).to(distance.dtype)
+    spread = (distance * positives).sum(1) / positives.sum(1)
+    return boundary - weight * (spread * is_inside).sum() / is_inside.sum().clamp_min(1)
+
+
+class _Watched(nn.Module):
+    """A teacher that also gives the inputs of its batch norms and of its classifier, of one pass.
+
+    Raises:
+        ValueError: it has no batch norm with statistics.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        modules = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.norms = [norm for norm in modules if norm.running_mean is not None]
+        if not self.norms:
+            kinds = sorted({type(module).__name__ for module in network.modules() if "Norm" in type(module).__name__})
+            raise ValueError(
+                f"{type(network).__name__} cannot be inverted: it has no batch norm, whose statistics the images are made from "
+                f"({', '.join(kinds) or 'no norm at all'} holds none); take a ResNet, RegNet, EfficientNet or hdkd_teacher"
+            )
+
+    @contextmanager
+    def recording(self) -> Iterator[dict]:
+        seen: dict = {}
+        handles = [norm.register_forward_pre_hook(lambda m, x: seen.setdefault(m, x[0])) for norm in self.norms]
+        classifier = self.network.get_classifier()
+        handles.append(classifier.register_forward_pre_hook(lambda m, x: seen.__setitem__("features", x[0])))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[nn.BatchNorm2d]]:
+        """Logits (B, K), features (B, D), and inputs of the batch norms with these, in the order of their use."""
+        with self.recording() as seen:
+            logits = self.network(images)
+        used = [norm for norm in seen if norm != "features"]
+        return logits, seen["features"].flatten(1), [seen[norm] for norm in used], used
+
+
+def invert(
+    teacher: nn.Module,
+    labels: Tensor,
+    image_size: int,
+    settings: Inversion,
+    *,
+    student: nn.Module | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    watch: Sequence[int] = (),
+    progress: tqdm | None = None,
+    iterations: int | None = None,
+) -> tuple[Tensor, dict]:
+    """One batch of images (B, 3, size, size), uint8 on the CPU, of the lowest loss at full size, and how it went.
+
+    The second result names each term's value at that point ("loss", "class_loss", ...), "accuracy" (the teacher's, of the
+    images as returned), and "watched": {iteration: images} for the iterations of `watch`.
+
+    Args:
+        labels: (B,) classes to be seen by the teacher; for `settings.divergence` balanced.
+        student: whose disagreement with the teacher `settings.competition` rewards.
+        progress: a bar that is moved by one for every iteration.
+        iterations: stop after so many (a probe of the time they take).
+
+    Raises:
+        ValueError: the teacher has no batch norm, labels are not balanced, or competition without a student.
+        FloatingPointError: the loss is no longer a number.
+    """
+    device = next(teacher.parameters()).device
+    if settings.divergence:
+        _check_balance(labels)
+    if settings.competition and student is None:
+        raise ValueError("competition needs a student to compete with; pass student= or set competition=0")
+    watched = _Watched(teacher)
+    mean, std = (torch.tensor(teacher.pretrained_cfg[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    black, white = (0 - mean) / std, (1 - mean) / std
+    rival = None if student is None else Teacher(student, teacher)
+    labels = labels.to(device)
+    random_seed(seed)
+    size = max(1, round(settings.stages[0][0] * image_size))
+    x = torch.randn(len(labels), 3, size, size, device=device)
+    best, best_loss, snapshots, done = None, None, {}, 0
+
+    for scale, count in settings.stages:
+        size = max(1, round(scale * image_size))
+        if x.shape[-1] != size:
+            x = F.interpolate(x.detach(), size=(size, size), mode="nearest")
+        x = x.detach().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=settings.lr, betas=settings.betas)
+        reach = round(settings.jitter * scale)
+        for i in range(count):
+            if done in watch:
+                snapshots[done] = _pixels(x, mean, std)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * _rate(i, count, settings)
+            shift = torch.randint(-reach, reach + 1, (2,)).tolist()
+            seen = x.roll(shift, (2, 3))
+            if settings.flip and torch.rand(()) < 0.5:
+                seen = seen.flip(3)
+            with autocast(device, precision):
+                logits, features, inputs, norms = watched(seen)
+                answer = None if rival is None or not settings.competition else rival.network(rival.prepare(seen))
+            terms = {
+                "class_loss": F.cross_entropy(logits.float(), labels),
+                "batchnorm_loss": settings.batchnorm * batchnorm_loss(inputs, norms, settings.first),
+            }
+            if settings.tv:
+                terms["tv_loss"] = settings.tv * total_variation(x)
+            if settings.l2:
+                terms["l2_loss"] = settings.l2 * x.flatten(1).norm(dim=1).mean()
+            if settings.divergence:
+                terms["divergence_loss"] = settings.divergence * _intra_divergence(features, labels)
+            if answer is not None:
+                terms["competition_loss"] = settings.competition * competition_loss(logits, answer)
+            loss = torch.stack(list(terms.values())).sum()
+            if scale == 1:
+                values = torch.stack([loss, *terms.values()]).detach()
+                if best is None:
+                    best, best_loss = x.detach().clone(), values
+                is_better = values[0] < best_loss[0]  # kept on the device: nothing waits for it
+                best, best_loss = torch.where(is_better, x.detach(), best), torch.where(is_better, values, best_loss)
+            [x.grad] = torch.autograd.grad(loss, [x])
+            optimizer.step()
+            with torch.no_grad():
+                x.copy_(torch.minimum(torch.maximum(x, black), white))
+            done += 1
+            if progress is not None:
+                progress.update()
+            if done == iterations:
+                return _pixels(x, mean, std), {}
+            if (done % 50 == 0 or i == count - 1) and not torch.isfinite(loss + x.sum()):
+                raise FloatingPointError(f"the loss became {loss.item()} in iteration {done}")
+    if done in watch:
+        snapshots[done] = _pixels(x, mean, std)
+    images = _pixels(best, mean, std)
+    with torch.inference_mode():
+        decided = teacher(Normalise(teacher).to(device)(images.to(device))).argmax(1)
+    report = dict(zip(["loss", *terms], best_loss.tolist(), strict=True))
+    return images, report | {"accuracy": (decided == labels).float().mean().item(), "watched": snapshots}
+
+
+def _rate(i: int, count: int, settings: Inversion) -> float:
+    if i < settings.warmup:
+        return (i + 1) / settings.warmup
+    if not settings.cosine:
+        return 1.0
+    return (1 + math.cos(math.pi * (i - settings.warmup) / max(1, count - settings.warmup))) / 2
+
+
+def _pixels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return ((x.detach() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
+
+
+def synthesize(
+    teacher: nn.Module,
+    classes: Sequence[str],
+    per_class: int,
+    folder: str | Path,
+    *,
+    image_size: int,
+    settings: Inversion | str = "small",
+    student: nn.Module | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Path:
+    """Writes `per_class` images of every class as FOLDER/CLASS/*.png, an image folder that `data.load("folder", ...)` reads.
+
+    An interrupted call goes on with the batch it was in. FOLDER/synthesis.json says what was asked for and how each batch went.
+    The time that it will take is printed first, from a probe of 20 iterations. A batch whose loss is no longer a number is
+    begun again with half the rate, up to three times, and says so.
+
+    Args:
+        teacher: in the end on `device`, with its weights as they were; a network with batch norm.
+        classes: names in the order of its labels.
+        settings: an `Inversion`, or the name of a preset: cifar, imagenet, small.
+
+    Raises:
+        ValueError: unknown preset, other classes than the teacher's, too few images, or a folder that holds other images.
+        FloatingPointError: also the third restart of a batch failed.
+    """
+    if isinstance(settings, str):
+        if settings not in PRESETS:
+            raise ValueError(f"settings must be one of {', '.join(PRESETS)} (got {settings!r})")
+        settings = PRESETS[settings]
+    if len(classes) != teacher.num_classes or per_class < 4:
+        raise ValueError(
+            f"the teacher has {teacher.num_classes} classes and needs as many names, and at least 4 images of each "
+            f"(got {len(classes)} and {per_class})"
+        )
+    if unfit := [name for name in classes if Path(name).name != name]:
+        raise ValueError(f"{unfit[0]!r} cannot name a folder; give the classes other names")
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    teacher = teacher.to(device, memory_format=torch.channels_last)
+    if student is not None:
+        student = student.to(device)
+    folder = Path(folder)
+    asked = {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "classes": list(classes),
+        "per_class": per_class,
+        "image_size": image_size,
+        "seed": seed,
+        "teacher": digest(teacher),
+        "student": student and digest(student),
+    }
+    record = folder / "synthesis.json"
+    state = json.loads(record.read_text()) if record.exists() else {"asked": asked, "batches": []}
+    if state["asked"] != asked or (not record.exists() and folder.exists() and any(folder.iterdir())):
+        raise ValueError(f"{folder} holds images that were made otherwise; give another folder or remove it")
+    plan = _plan(len(classes), per_class, settings.batch_size)
+    if len(state["batches"]) == len(plan):
+        return folder
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+    each = sum(count for _, count in settings.stages)
+    left = plan[len(state["batches"]) :]
+    common = {"student": student, "precision": precision}
+    start, probe = time.perf_counter(), min(20, each)
+    invert(teacher, left[0][0], image_size, replace(settings, stages=((1.0, each),)), iterations=probe, **common)
+    seconds = (time.perf_counter() - start) / probe * len(left) * sum(scale**2 * count for scale, count in settings.stages)
+    print(f"{len(left)} batches of {each} iterations: about {seconds / 60:.1f} min on {device}")
+    with tqdm(total=len(left) * each, desc="images", disable="TQDM_DISABLE" in os.environ) as bar:
+        for labels, first in left:
+            number, begun = len(state["batches"]), time.perf_counter()
+            images, report = _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar, common)
+            for image, label, index in zip(images, labels.tolist(), first, strict=True):
+                path = folder / classes[label] / f"{index:05d}.png"
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="png"))
+            report |= {"seconds": round(time.perf_counter() - begun, 1)}
+            state["batches"].append({name: value for name, value in report.items() if name != "watched"})
+            write_json(record, state)
+    return folder
+
+
+def _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar, common) -> tuple[Tensor, dict]:
+    for restarts in range(4):
+        slower = replace(settings, lr=settings.lr / 2**restarts)
+        begun = bar.n
+        try:
+            batch_seed = (1_000_003 * (seed + 1) + number) % 2**32
+            images, report = invert(teacher, labels, image_size, slower, seed=batch_seed, progress=bar, **common)
+            return images, report | {"restarts": restarts}
+        except FloatingPointError as error:
+            warnings.warn(f"batch {number}: {error}; begun again with lr={slower.lr / 2:g}", stacklevel=3)
+            reason = error
+            bar.update(begun - bar.n)
+    raise FloatingPointError(
+        f"batch {number} failed at four rates ({reason}); lower lr or the weights of the terms"
+    ) from reason
+
+
+def _plan(classes: int, per_class: int, batch_size: int) -> list[tuple[Tensor, list[int]]]:
+    """Batches as (labels, number of each image in its class): equally many of each class, at least four, and two classes."""
+    each = min(per_class, max(4, batch_size // classes))
+    groups = torch.arange(classes).tensor_split(max(1, classes // max(2, batch_size // each)))
+    rounds = torch.arange(per_class).tensor_split(per_class // each)
+    return [
+        (group.repeat_interleave(len(numbers)), numbers.repeat(len(group)).tolist()) for numbers in rounds for group in groups
+    ]
+
+
+# Quality
+
+
+@torch.inference_mode()
+def features(teacher: nn.Module, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and the features before the classifier (N, D), on the CPU, of uint8 images (N, 3, H, W)."""
+    device = next(teacher.parameters()).device
+    prepare, watched = Normalise(teacher).to(device), _Watched(teacher)
+    parts = [watched(prepare(images[i : i + batch_size].to(device)))[:2] for i in range(0, len(images), batch_size)]
+    logits, found = (torch.cat([part[k].float().cpu() for part in parts]) for k in (0, 1))
+    return logits, found
+
+
+@torch.inference_mode()
+def statistics_gap(teacher: nn.Module, images: Tensor) -> list[dict]:
+    """Per batch norm, in the order of use: `layer`, and the distances `mean` and `var` of the images' statistics from the
+    running ones, each relative to the norm of the latter. All images (N, 3, H, W) uint8 count as one batch.
+    """
+    device = next(teacher.parameters()).device
+    names = {module: name for name, module in teacher.named_modules()}
+    _, _, inputs, norms = _Watched(teacher)(Normalise(teacher).to(device)(images.to(device)))
+    rows = []
+    for x, norm in zip(inputs, norms, strict=True):
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        gaps = {
+            name: ((own - kept).norm() / kept.norm()).item()
+            for name, own, kept in (("mean", mean, norm.running_mean), ("var", var, norm.running_var))
+        }
+        rows.append({"layer": names[norm], **gaps})
+    return rows
+
+
+def quality(teacher: nn.Module, synthetic: Part, real: Part) -> dict[str, float]:
+    """What a part of synthetic images is worth beside one of real images, by the teacher that they were made from.
+
+    `accuracy` (its decisions against the labels), `diversity`, `precision`, `recall`, `frechet_distance` and `statistics_gap`
+    (mean over layers and both statistics).
+    """
+    parts = {}
+    for name, part in (("synthetic", synthetic), ("real", real)):
+        images = part.images[torch.arange(len(part))]
+        parts[name] = (images, *features(teacher, images))
+    images, logits, found = parts["synthetic"]
+    precision, recall = metrics.precision_recall(parts["real"][2], found)
+    gaps = statistics_gap(teacher, images)
+    return {
+        "accuracy": (logits.argmax(1) == synthetic.labels).float().mean().item(),
+        "diversity": metrics.diversity(found, synthetic.labels),
+        "precision": precision,
+        "recall": recall,
+        "frechet_distance": metrics.frechet_distance(parts["real"][2], found),
+        "statistics_gap": sum(row["mean"] + row["var"] for row in gaps) / (2 * len(gaps)),
+    }
