@@ -86,6 +86,16 @@ def token_attention(model: nn.Module, images: Tensor, token: int = 0, block: int
     return attention.unflatten(1, model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
 
 
+@torch.no_grad()
+def position_kernels(model: nn.Module) -> list[Tensor]:
+    """What every DearKD `ConvAttention` attends to by position alone, from the middle of its grid: (heads, h, w) per block."""
+    kernels = []
+    for attention in (module for module in model.modules() if isinstance(module, ConvAttention)):
+        h, w = attention.grid
+        kernels.append(attention.position_attention()[:, h // 2 * w + w // 2].unflatten(1, (h, w)))
+    return kernels
+
+
 def attention_distance(model: nn.Module, images: Tensor) -> Tensor:
     """Mean distance in pixels between a patch and what it looks at, per block and head: (blocks, heads).
 

@@ -43,21 +43,38 @@ class Data:
 
     def chosen_on_test(self) -> "Data":
         """As papers do that have no validation part: it joins training, and the test part chooses the epoch."""
-        train, val = self.train, self.val
-        if isinstance(train.images, Rows):
-            images = Rows(train.images.store, torch.cat([train.images.rows, val.images.rows]).numpy())
-        elif isinstance(train.images, Files):
-            images = Files(train.images.paths + val.images.paths, train.images.shape[-1])
-        else:
-            images = torch.cat([train.images, val.images])
-        groups = np.concatenate([train.groups, val.groups])
-        return replace(
-            self, train=Part(images, torch.cat([train.labels, val.labels]), train.ids + val.ids, groups), val=self.test
-        )
+        return replace(self, train=_join(self.train, self.val), val=self.test)
+
+    def trained_on(self, other: "Data") -> "Data":
+        """Training and validation images of another set, of the same classes by name, and this one's test part.
+
+        The other's test part joins its training images.
+
+        Raises:
+            ValueError: the classes or sizes differ.
+        """
+        if set(other.classes) != set(self.classes) or other.config["image_size"] != self.config["image_size"]:
+            raise ValueError(
+                f"the sets have other classes or sizes ({', '.join(other.classes)} at {other.config['image_size']} px; "
+                f"{', '.join(self.classes)} at {self.config['image_size']} px)"
+            )
+        own = torch.tensor([self.classes.index(name) for name in other.classes])
+        train, val = (replace(part, labels=own[part.labels]) for part in (_join(other.train, other.test), other.val))
+        return replace(self, train=train, val=val, config=self.config | {"training": other.config})
 
     def split(self, protocol: str, fold: int = 0) -> dict[str, np.ndarray]:
         """Image numbers of train, val and test under another protocol or in another fold, of the whole set."""
         return _split(self.source, self.signatures, self.audit, protocol=protocol, fold=fold, seed=self.config["split_seed"])
+
+
+def _join(a: Part, b: Part) -> Part:
+    if isinstance(a.images, Rows):
+        images = Rows(a.images.store, torch.cat([a.images.rows, b.images.rows]).numpy())
+    elif isinstance(a.images, Files):
+        images = Files(a.images.paths + b.images.paths, a.images.shape[-1])
+    else:
+        images = torch.cat([a.images, b.images])
+    return Part(images, torch.cat([a.labels, b.labels]), a.ids + b.ids, np.concatenate([a.groups, b.groups]))
 
 
 def load(

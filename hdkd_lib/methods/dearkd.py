@@ -87,6 +87,8 @@ class DearKD(Distillation):
             )
         if not hasattr(student, "forward_intermediates") or not hasattr(student, "num_prefix_tokens"):
             raise ValueError(f"DearKD needs a vision transformer as student (got {type(student).__name__})")
+        if hasattr(teacher, "num_prefix_tokens"):
+            raise ValueError(f"DearKD needs a CNN as teacher, such as resnet18 (got {type(teacher).__name__}: it has tokens)")
         self.hidden_weight, self.stage1_fraction, self.stage2 = hidden_weight, stage1_fraction, stage2
         self.taps = {int(block): int(stride) for block, stride in sorted(taps.items(), key=lambda tap: int(tap[0]))}
         strides = [info["reduction"] for info in teacher.feature_info]

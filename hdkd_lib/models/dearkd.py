@@ -78,11 +78,12 @@ class ConvAttention(nn.Module):
         self.gate = nn.Parameter(torch.full((self.num_heads,), gate).to(self.qkv.weight)) if mode == "gate" else None
 
     def position_scores(self) -> tuple[Tensor, Tensor]:
-        """p_h along rows (heads, h, h) and along columns (heads, w, w), float32: queries, keys. Their outer sum is p_h."""
-        bend, *slopes = self.position_weight.float().unbind(1)
+        """p_h along rows (heads, h, h) and columns (heads, w, w): queries, keys; p_h is their outer sum. At least float32."""
+        dtype = torch.promote_types(self.position_weight.dtype, torch.float32)
+        bend, *slopes = self.position_weight.to(dtype).unbind(1)
         scores = []
         for length, slope in zip(self.grid, slopes, strict=True):
-            place = torch.arange(length, dtype=torch.float32, device=bend.device)
+            place = torch.arange(length, dtype=dtype, device=bend.device)
             d = place - place[:, None]  # key - query
             scores.append(bend[:, None, None] * d**2 + slope[:, None, None] * d)
         return scores[0], scores[1]
@@ -145,7 +146,7 @@ def convert_attention(vit: nn.Module, blocks: int = 4, mode: str = "gate", **opt
     """Gives the first blocks of a timm vision transformer convolutional attention, in place, and returns it.
 
     Its weights stay; with mode "gate" and `gate` very low, or mode "add" and strength 0, it computes what it did before. The
-    new weights are named by its `no_weight_decay`.
+    new weights are named by its `no_weight_decay`. With gradient checkpointing, images of one size come between two steps.
 
     Args:
         blocks: how many, from the first on.

@@ -1,0 +1,335 @@
+"""Images from a teacher alone: each loss by hand, the optimisation, and a folder that survives interruptions."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+
+from hdkd_lib import data, inversion
+from hdkd_lib.data.batches import Normalise
+from hdkd_lib.inversion import (
+    PRESETS,
+    Inversion,
+    batchnorm_loss,
+    competition_loss,
+    intra_divergence_loss,
+    invert,
+    synthesize,
+    total_variation,
+)
+from hdkd_lib.methods import Supervised
+from hdkd_lib.training import fit
+
+TINY = Inversion(batch_size=8, lr=0.1, stages=((0.5, 3), (1.0, 4)), warmup=2, cosine=True, tv=1e-3, batchnorm=0.1, jitter=1)
+LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+
+@pytest.fixture
+def teacher(build):
+    """A nano CNN of two classes whose batch norms have seen some images."""
+    network = build("hdkd_teacher_nano", num_classes=2).train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain average
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(16, 3, 16, 16))
+    return network.eval()
+
+
+# The losses
+
+
+def test_batchnorm_loss_is_the_sum_of_norms_of_both_differences():
+    x, y = torch.randn(4, 3, 5, 5), torch.randn(4, 2, 3, 3)
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(2)]
+    norms[0].running_mean, norms[1].running_var = torch.randn(3), torch.rand(2) + 0.5
+    by_hand = []
+    for z, norm in zip((x, y), norms, strict=True):
+        mean = z.mean((0, 2, 3))
+        var = ((z - mean.view(1, -1, 1, 1)) ** 2).mean((0, 2, 3))
+        by_hand.append((mean - norm.running_mean).square().sum().sqrt() + (var - norm.running_var).square().sum().sqrt())
+    assert_close(batchnorm_loss([x, y], norms), by_hand[0] + by_hand[1])
+    assert_close(batchnorm_loss([x, y], norms, first=10.0), 10 * by_hand[0] + by_hand[1])
+
+
+def test_batchnorm_loss_is_zero_for_the_images_that_made_the_statistics():
+    x, norm = torch.randn(8, 3, 4, 4), nn.BatchNorm2d(3, momentum=1.0)
+    norm(x)
+    norm.running_var *= 127 / 128  # torch keeps the unbiased estimate
+    assert batchnorm_loss([x], [norm]) < 1e-5
+
+
+def test_total_variation_knows_all_four_directions():
+    x = torch.zeros(1, 1, 3, 3)
+    x[0, 0, 1, 1] = 1.0  # two differences along each direction
+    assert_close(total_variation(x), torch.tensor(4 * math.sqrt(2)))
+    assert total_variation(torch.full((1, 1, 3, 3), 7.0)) == 0
+
+
+def test_competition_is_one_less_the_jensen_shannon_divergence():
+    p, q = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    assert_close(competition_loss(p, p), torch.tensor(1.0))
+    assert_close(competition_loss(p, q), torch.tensor(1 - math.log(2)))
+    a, b = torch.randn(5, 3), torch.randn(5, 3)
+    m = (a.softmax(1) + b.softmax(1)) / 2
+    divergence = sum((x.softmax(1) * (x.softmax(1) / m).log()).sum(1).mean() for x in (a, b)) / 2
+    assert_close(competition_loss(a, b), 1 - divergence)
+
+
+def naive_intra_divergence(features, labels, margin, weight):
+    z = F.normalize(features, dim=1)
+    n, boundary, spread = len(z), 0.0, []
+    for i in range(n):
+        same = [(z[i] - z[j]).norm() for j in range(n) if j != i and labels[j] == labels[i]]
+        others = [(z[i] - z[j]).norm() for j in range(n) if labels[j] != labels[i]]
+        boundary += torch.clamp(max(same) - min(others) + margin, min=0) / n
+        if max(same) + margin < min(others):
+            spread.append(sum(same) / len(same))
+    return boundary - weight * (sum(spread) / len(spread) if spread else 0.0)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0, 5.0])  # of the classes: mixed, between, apart
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_intra_divergence_is_its_definition_with_its_gradient(distance, weight):
+    torch.manual_seed(3)
+    features = torch.randn(8, 6, dtype=torch.float64)
+    features[:4, 0] += distance
+    features[4:, 0] -= distance
+    ours, theirs = (features.clone().requires_grad_() for _ in range(2))
+    loss, by_hand = intra_divergence_loss(ours, LABELS, 0.2, weight), naive_intra_divergence(theirs, LABELS, 0.2, weight)
+    assert_close(loss, by_hand)
+    loss.backward()
+    by_hand.backward()
+    assert_close(ours.grad, theirs.grad)
+
+
+def test_images_of_one_class_spread_only_within_the_margin():
+    torch.manual_seed(0)
+    apart = torch.eye(2, 6).repeat_interleave(4, 0) + 0.01 * torch.randn(8, 6)
+    apart.requires_grad_()
+    intra_divergence_loss(apart, LABELS).backward()
+    moved = (apart - 0.01 * apart.grad / apart.grad.abs().max()).detach()
+    z, far = (F.normalize(x.detach(), dim=1) for x in (apart, moved))
+    assert torch.pdist(far[:4]).mean() > torch.pdist(z[:4]).mean()
+    mixed = torch.randn(8, 6)
+    assert intra_divergence_loss(mixed, LABELS, weight=1.0) == intra_divergence_loss(mixed, LABELS, weight=0.0)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
+def test_intra_divergence_refuses_unbalanced_batches(labels):
+    with pytest.raises(ValueError, match="equally many images, at least two, of each of at least two classes"):
+        intra_divergence_loss(torch.randn(4, 3), torch.tensor(labels))
+
+
+# The optimisation
+
+
+def test_inverting_lowers_the_loss_and_leaves_the_teacher_as_it_was(teacher):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    settings = replace(TINY, stages=((1.0, 60),), jitter=0, divergence=0.5)
+    start = invert(teacher, LABELS, 16, replace(settings, stages=((1.0, 1),)))[1]
+    images, report = invert(teacher, LABELS, 16, settings)
+    assert report["loss"] < 0.7 * start["loss"]
+    assert report["class_loss"] < start["class_loss"]
+    assert (images.shape, images.dtype) == ((8, 3, 16, 16), torch.uint8)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not teacher.training
+    assert all(module._forward_pre_hooks == {} for module in teacher.modules())
+    with torch.no_grad():
+        decided = teacher(Normalise(teacher)(images)).argmax(1)
+    assert report["accuracy"] == (decided == LABELS).float().mean()
+
+
+def test_the_reported_terms_are_those_of_the_settings_and_sum_to_the_loss(teacher, build):
+    settings = replace(TINY, l2=1e-2, competition=1.0, flip=True)
+    _, report = invert(teacher, LABELS, 16, settings, student=build("hdkd_student_nano", num_classes=2).eval())
+    terms = {name: value for name, value in report.items() if name.endswith("_loss")}
+    names = {"class_loss", "batchnorm_loss", "tv_loss", "l2_loss", "divergence_loss", "competition_loss"}
+    assert terms.keys() == names
+    assert sum(terms.values()) == pytest.approx(report["loss"], rel=1e-5)
+    plain = replace(TINY, tv=0.0, divergence=0.0)
+    assert {n for n in invert(teacher, LABELS, 16, plain)[1] if n.endswith("_loss")} == {"class_loss", "batchnorm_loss"}
+
+
+def test_images_are_watched_as_they_grow_and_the_same_seed_gives_the_same(teacher):
+    runs = [invert(teacher, LABELS, 16, TINY, seed=seed, watch=(0, 2, 7)) for seed in (5, 5, 6)]
+    (first, report), (again, _), (other, _) = runs
+    assert [tuple(images.shape[2:]) for images in report["watched"].values()] == [(8, 8), (8, 8), (16, 16)]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_network_without_batch_norm_is_refused_and_told_what_has_it(build):
+    network = build("convnext_atto", num_classes=2)
+    with pytest.raises(ValueError, match=r"ConvNeXt cannot be inverted: .*\(LayerNorm.*take a ResNet, RegNet"):
+        invert(network, LABELS, 32, TINY)
+
+
+def test_competition_needs_a_student_and_labels_a_balance(teacher):
+    with pytest.raises(ValueError, match="competition needs a student"):
+        invert(teacher, LABELS, 16, replace(TINY, competition=1.0))
+    with pytest.raises(ValueError, match="equally many images"):
+        invert(teacher, LABELS[:7], 16, TINY)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"lr": 0.0}, {"stages": ()}, {"stages": ((0.5, 10),)}])
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match="an inversion needs"):
+        replace(TINY, **change)
+
+
+# The folder
+
+
+def pictures(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_a_folder_of_images_is_written_that_load_reads(teacher, tmp_path, capsys):
+    folder = synthesize(teacher, ["cat", "dog"], 8, tmp_path / "made", image_size=16, settings=TINY, device="cpu")
+    assert "2 batches of 7 iterations: about" in capsys.readouterr().out
+    loaded = data.load("folder", folder, image_size=16)
+    assert loaded.classes == ["cat", "dog"]
+    assert sorted(path.split("/")[0] for path in pictures(folder)) == ["cat"] * 8 + ["dog"] * 8
+    record = json.loads((folder / "synthesis.json").read_text())
+    assert len(record["batches"]) == 2
+    assert all(math.isfinite(batch["loss"]) and batch["restarts"] == 0 for batch in record["batches"])
+    before = pictures(folder)
+    synthesize(teacher, ["cat", "dog"], 8, folder, image_size=16, settings=TINY, device="cpu")
+    assert pictures(folder) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_synthesis_goes_on_with_the_batch_it_was_in(teacher, tmp_path, monkeypatch):
+    arguments = (teacher, ["a", "b"], 12)
+    options = {"image_size": 16, "settings": TINY, "device": "cpu", "precision": "float32"}
+    whole = pictures(synthesize(*arguments, tmp_path / "whole", **options))
+    calls, real = [], inversion.invert
+
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 3:  # the probe, the first batch, and now
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(inversion, "invert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(*arguments, tmp_path / "cut", **options)
+    assert len(pictures(tmp_path / "cut")) == 8
+    synthesize(*arguments, tmp_path / "cut", **options)
+    assert len(calls) == 6  # a probe and the two batches that were left
+    assert pictures(tmp_path / "cut") == whole
+
+
+def test_a_batch_that_becomes_nan_is_begun_again_with_half_the_rate(teacher, tmp_path, monkeypatch):
+    rates, real = [], inversion.invert
+
+    def failing(teacher, labels, size, settings, **kwargs):
+        if "progress" in kwargs:
+            rates.append(settings.lr)
+            if len(rates) < 3:
+                raise FloatingPointError("the loss became nan in iteration 4")
+        return real(teacher, labels, size, settings, **kwargs)
+
+    monkeypatch.setattr(inversion, "invert", failing)
+    options = {"image_size": 16, "settings": TINY, "device": "cpu"}
+    with pytest.warns(UserWarning, match=r"batch 0: the loss became nan.*begun again with lr=0\.0"):
+        folder = synthesize(teacher, ["a", "b"], 4, tmp_path / "made", **options)
+    assert rates == [0.1, 0.05, 0.025]
+    assert json.loads((folder / "synthesis.json").read_text())["batches"][0]["restarts"] == 2
+
+    def hopeless(*_, **kwargs):
+        if "progress" in kwargs:
+            raise FloatingPointError("nan")
+
+    monkeypatch.setattr(inversion, "invert", hopeless)
+    with (
+        pytest.warns(UserWarning, match="nan"),
+        pytest.raises(FloatingPointError, match=r"batch 0 failed at four rates .*lower lr"),
+    ):
+        synthesize(teacher, ["a", "b"], 4, tmp_path / "never", **options)
+
+
+def test_a_loss_that_is_no_number_is_noticed(teacher):
+    with pytest.raises(FloatingPointError, match="the loss became nan in iteration"):
+        invert(teacher, LABELS, 16, replace(TINY, tv=math.nan))
+
+
+def test_wrong_demands_are_refused_before_anything_is_written(teacher, tmp_path):
+    folder, options = tmp_path / "made", {"image_size": 16, "settings": TINY, "device": "cpu"}
+    for classes, per_class, change, message in (
+        (["a"], 4, {}, "the teacher has 2 classes and needs as many names"),
+        (["a", "b"], 3, {}, "at least 4 images of each"),
+        (["a", "b/c"], 4, {}, "'b/c' cannot name a folder"),
+        (["a", "b"], 4, {"settings": "tiny"}, "settings must be one of cifar, imagenet, small"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            synthesize(teacher, classes, per_class, folder, **options | change)
+    assert not folder.exists()
+    (folder / "a").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "a" / "mine.png")
+    with pytest.raises(ValueError, match="holds images that were made otherwise"):
+        synthesize(teacher, ["a", "b"], 4, folder, **options)
+
+
+def test_a_folder_of_another_teacher_is_left_alone(teacher, build, tmp_path):
+    options = {"image_size": 16, "settings": TINY, "device": "cpu"}
+    folder = synthesize(teacher, ["a", "b"], 4, tmp_path / "made", **options)
+    with pytest.raises(ValueError, match="holds images that were made otherwise"):
+        synthesize(build("hdkd_teacher_nano", seed=5, num_classes=2), ["a", "b"], 4, folder, **options)
+
+
+@given(st.integers(2, 60), st.integers(4, 70), st.sampled_from([4, 8, 84, 256]))
+def test_batches_are_balanced_and_together_hold_every_image_once(classes, per_class, batch_size):
+    plan = inversion._plan(classes, per_class, batch_size)
+    made = [(int(label), number) for labels, numbers in plan for label, number in zip(labels, numbers, strict=True)]
+    assert sorted(made) == [(label, number) for label in range(classes) for number in range(per_class)]
+    for labels, _ in plan:
+        counts = labels.bincount()[labels.unique()]
+        assert len(counts) >= 2
+        assert counts.min() == counts.max() >= 4
+
+
+def test_presets_are_the_published_settings():
+    imagenet, cifar = PRESETS["imagenet"], PRESETS["cifar"]
+    assert (imagenet.batch_size, imagenet.lr, imagenet.betas, imagenet.jitter) == (84, 0.25, (0.5, 0.9), 30)
+    assert imagenet.stages == ((0.5, 2000), (1.0, 1000))
+    assert (imagenet.batchnorm, imagenet.first, imagenet.tv, imagenet.l2) == (0.01, 10.0, 1e-4, 1e-5)
+    assert (cifar.batch_size, cifar.lr, cifar.batchnorm, cifar.tv, cifar.jitter) == (256, 0.05, 10.0, 2.5e-5, 2)
+
+
+# Quality
+
+
+def test_quality_tells_real_images_from_noise(digits, recipe, build, tmp_path):
+    task = Supervised(student=build("hdkd_teacher_nano"))
+    expert = fit(task, digits, replace(recipe, epochs=6), tmp_path, device="cpu", precision="float32").student()
+    noise = replace(digits.test, images=torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8))
+    good, bad = (inversion.quality(expert, part, digits.val) for part in (digits.test, noise))
+    assert good["accuracy"] > bad["accuracy"]
+    assert good["frechet_distance"] < bad["frechet_distance"]
+    assert good["statistics_gap"] < bad["statistics_gap"]
+    assert good["precision"] > bad["precision"]
+
+
+def test_statistics_gap_is_zero_for_the_images_that_made_the_statistics(build):
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    network = build("resnet10t", num_classes=2)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(Normalise(network)(images))
+    rows = inversion.statistics_gap(network, images)
+    assert [row["layer"] for row in rows][:2] == ["conv1.1", "conv1.4"]
+    assert max(row["mean"] for row in rows[:3]) < 1e-3
+    assert max(row["var"] for row in rows[:3]) < 1e-2
