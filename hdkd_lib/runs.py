@@ -157,14 +157,13 @@ class Run:
         own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
         return {**known, "method": name, "network": student.pop("name"), **self.config["recipe"], **method, **student, **own}
 
-    def student(self, which: str = "best", **options) -> nn.Module:
+    def student(self, which: str = "best") -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".
 
-        Options of its creation that leave its weights as they are can be changed, such as `output_stride=8` of a CNN. It
-        remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
+        It remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
         """
         creation = self.config["method"]["student"]
-        model = models.create(**{key: value for key, value in creation.items() if key != "pretrained"} | options)
+        model = models.create(**{key: value for key, value in creation.items() if key != "pretrained"})
         split = pd.read_csv(self.path / "split.csv", dtype={"id": str})
         model.trained_on = self.config["data"] | {
             "ids": set(split.id[split.part != "test"]),

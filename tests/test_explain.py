@@ -134,3 +134,23 @@ def test_grad_cam_refuses_classes_and_layers_that_are_not_there_and_leaves_no_tr
             explain.grad_cam(model, IMAGES[:1], **({"layer": "stage"} | change))
     assert model.training
     assert not model.masks.requires_grad
+
+
+def test_modes_of_frozen_parts_are_given_back():
+    network = models.create("vit_tiny_patch16_224", num_classes=2, img_size=32, **SMALL).train()
+    network.blocks[0].eval()
+    before = {name: module.training for name, module in network.named_modules()}
+    explain.attention_maps(network, torch.randn(1, 3, 32, 32))
+    assert {name: module.training for name, module in network.named_modules()} == before
+
+
+def test_position_kernels_are_seen_from_the_middle_of_the_grid(build):
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    network = build("dearkd_tiny_patch16_224", conv_blocks=1, conv_options={"strength": 50.0}, **options)
+    [kernels] = explain.position_kernels(network)
+    assert kernels.shape == (2, 4, 4)
+    assert [int(kernel.argmax()) for kernel in kernels] == [2 * 4 + 2, 1 * 4 + 2]
+    assert (
+        explain.position_kernels(build("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2))
+        == []
+    )

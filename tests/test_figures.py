@@ -201,6 +201,29 @@ def test_attention_distances_have_a_dot_per_head_and_a_line_of_means():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["DeiT", "CSKD"]
 
 
+def test_heatmaps_have_a_row_per_entry_and_one_scale_if_asked():
+    maps = torch.rand(3, 4, 5)
+    figure = figures.heatmaps({"block 0": maps, "block 1": maps[:2]}, (0, 2))
+    shown = [image for axis in figure.axes for image in axis.images]
+    assert [image.get_array().shape for image in shown] == [(4, 5)] * 5
+    assert {image.get_clim() for image in shown} == {(0, 2)}
+    assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["block 0", "block 1"]
+
+
+def test_efficiency_draws_a_mean_and_an_interval_per_kind_and_share():
+    rows = [
+        (kind, share, 0.5 + share / 4 + seed / 100) for kind in ("vit", "cskd") for share in (0.1, 1.0) for seed in range(3)
+    ]
+    frame = pd.DataFrame(rows, columns=["kind", "fraction", "balanced_accuracy"])
+    [axis] = figures.efficiency(frame).axes
+    lines = [container.lines[0] for container in axis.containers]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["vit", "cskd"]
+    for line in lines:
+        np.testing.assert_allclose(np.array(line.get_ydata(), float), [53.5, 76.0])
+        np.testing.assert_allclose(np.array(line.get_xdata(), float), [10, 100], rtol=0.03)
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["10", "100"]
+
+
 def test_the_same_figure_gives_the_same_file(history, tmp_path):
     paths = [figures.save(figures.curves({"hdkd": history}), tmp_path / "new" / f"{i}.png") for i in range(2)]
     assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -3,7 +3,7 @@ import pytest
 import sklearn.metrics
 import torch
 
-from hdkd_lib.metrics import classification, linear_cka
+from hdkd_lib.metrics import classification, diversity, frechet_distance, linear_cka, precision_recall
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -47,3 +47,26 @@ def test_cka_ignores_rotation_scale_and_shift_and_sees_shared_structure_only():
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x), rel=1e-12)
     half = torch.cat([x.flatten(1)[:, :6], torch.randn(400, 6, generator=random)], 1)
     assert 0.3 < linear_cka(x, half) < 0.7
+
+
+def test_diversity_is_the_mean_distance_within_a_class_on_the_unit_sphere():
+    features = torch.tensor([[2.0, 0.0], [0.0, 5.0], [1.0, 0.0], [-1.0, 0.0], [3.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    assert diversity(features, labels) == pytest.approx((2**0.5 + (2 + 0 + 2) / 3) / 2, rel=1e-6)
+
+
+def test_precision_and_recall_are_the_shares_within_reach_of_each_other():
+    real = torch.arange(10.0)[:, None]
+    narrow = torch.tensor([0.05, 0.15, 0.25, 0.35])[:, None]
+    assert precision_recall(real, narrow, neighbours=1) == (1.0, pytest.approx(1 / 10))
+    wide = torch.tensor([0.5, 40.0, 60.0])[:, None]
+    assert precision_recall(real, wide, neighbours=1) == (pytest.approx(1 / 3), 1.0)
+    assert precision_recall(real, real, neighbours=1) == (1.0, 1.0)
+
+
+def test_frechet_distance_is_that_of_gaussians():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 3, generator=random)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(x, x + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(25, rel=1e-3)
+    assert frechet_distance(x, 2 * x) == pytest.approx(3 * (2 - 1) ** 2, rel=0.05)

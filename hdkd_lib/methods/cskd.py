@@ -154,7 +154,7 @@ class CSKD(Distillation):
         if tuple(local.shape[2:]) == (1, 1):
             warnings.warn(
                 "the teacher's last map has one cell, so that CSKD has nothing spatial to teach: take larger images, or a "
-                "teacher of smaller stride (hdkd_teacher, or output_stride=8)",
+                "teacher of smaller stride (hdkd_teacher, or one trained with output_stride=8)",
                 stacklevel=2,
             )
         fused = fuse(local, global_, decay(self.progress, self.schedule))

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,27 @@ def test_imagenette_has_a_published_split_of_ten_named_classes(real):
     assert len(data.classes) == 10
     assert {"tench", "parachute"} <= set(data.classes)
     assert set(data.source.parts) == {"train", "test"}
+
+
+def test_training_images_of_another_set_keep_their_classes_by_name_and_the_test_part_stays(tmp_path):
+    real = load("digits", image_size=16)
+    names = [real.classes[i] for i in (3, 1)] + [name for i, name in enumerate(real.classes) if i not in (1, 3)]
+    for label, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            pixels = np.random.default_rng(10 * label + i).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{name}-{i}.png")
+    made = load("folder", tmp_path, image_size=16)
+    made = replace(made, classes=list(reversed(made.classes)))  # an order of its own
+    mixed = real.trained_on(made)
+    assert mixed.test is real.test
+    assert len(mixed.train) + len(mixed.val) == 60
+    assert not set(mixed.train.ids) & set(mixed.val.ids)
+    for part, own in ((mixed.val, made.val), (mixed.train, made.train)):
+        wanted = [real.classes.index(made.classes[label]) for label in own.labels]
+        assert part.labels[: len(own)].tolist() == wanted
+        assert torch.equal(part.images[: len(own)], own.images[:])
+    assert mixed.config["content"] == real.config["content"]
+    assert mixed.config["training"] == made.config
+    with pytest.raises(ValueError, match="the sets have other classes or sizes"):
+        real.trained_on(replace(made, classes=[*made.classes[:-1], "ten"]))
