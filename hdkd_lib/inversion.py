@@ -158,7 +158,8 @@ def _check_balance(labels: Tensor) -> None:
 
 def _intra_divergence(features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0) -> Tensor:
     z = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-    squared = 2 - 2 * z @ z.T
+    with torch.autocast(z.device.type, enabled=False):
+        squared = 2 - 2 * z @ z.T
     distance = squared.clamp_min(1e-8).sqrt()  # the root has no gradient at 0
     same = labels[:, None] == labels
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
@@ -270,23 +271,7 @@ def invert(
             if settings.flip and torch.rand(()) < 0.5:
                 seen = seen.flip(3)
             with autocast(device, precision):
-                logits, features, inputs, norms = watched(seen)
-                answer = None
-                if settings.competition:  # transformers take images of one size
-                    whole = F.interpolate(seen, size=(image_size, image_size), mode="bilinear") if scale != 1 else seen
-                    answer = rival.network(rival.prepare(whole))
-            terms = {
-                "class_loss": F.cross_entropy(logits.float(), labels),
-                "batchnorm_loss": settings.batchnorm * batchnorm_loss(inputs, norms, settings.first),
-            }
-            if settings.tv:
-                terms["tv_loss"] = settings.tv * total_variation(x)
-            if settings.l2:
-                terms["l2_loss"] = settings.l2 * x.flatten(1).norm(dim=1).mean()
-            if settings.divergence:
-                terms["divergence_loss"] = settings.divergence * _intra_divergence(features, labels)
-            if answer is not None:
-                terms["competition_loss"] = settings.competition * competition_loss(logits, answer)
+                terms = _terms(watched, rival, x, seen, labels, image_size, settings)
             loss = torch.stack(list(terms.values())).sum()
             if scale == 1:
                 values = torch.stack([loss, *terms.values()]).detach()
@@ -312,6 +297,29 @@ def invert(
         decided = teacher(Normalise(teacher).to(device)(images.to(device))).argmax(1)
     report = dict(zip(["loss", *terms], best_loss.tolist(), strict=True))
     return images, report | {"accuracy": (decided == labels).float().mean().item(), "watched": snapshots}
+
+
+def _terms(
+    watched: _Watched, rival: Teacher | None, x: Tensor, seen: Tensor, labels: Tensor, image_size: int, settings: Inversion
+) -> dict[str, Tensor]:
+    """The weighted terms of the loss of images x, of which the networks see `seen`."""
+    logits, features, inputs, norms = watched(seen)
+    terms = {
+        "class_loss": F.cross_entropy(logits.float(), labels),
+        "batchnorm_loss": settings.batchnorm * batchnorm_loss(inputs, norms, settings.first),
+    }
+    if settings.tv:
+        terms["tv_loss"] = settings.tv * total_variation(x)
+    if settings.l2:
+        terms["l2_loss"] = settings.l2 * x.flatten(1).norm(dim=1).mean()
+    if settings.divergence:
+        terms["divergence_loss"] = settings.divergence * _intra_divergence(features, labels)
+    if settings.competition:  # transformers take images of one size
+        size = (image_size, image_size)
+        whole = seen if tuple(seen.shape[2:]) == size else F.interpolate(seen, size=size, mode="bilinear")
+        answer = rival.network(rival.prepare(whole))
+        terms["competition_loss"] = settings.competition * competition_loss(logits, answer)
+    return terms
 
 
 def _rate(i: int, count: int, settings: Inversion) -> float:

@@ -124,6 +124,13 @@ def test_images_of_one_class_spread_only_within_the_margin():
     assert intra_divergence_loss(mixed, LABELS, weight=1.0) == intra_divergence_loss(mixed, LABELS, weight=0.0)
 
 
+def test_distances_stay_exact_under_autocast():
+    features = torch.randn(8, 6)
+    plain = intra_divergence_loss(features, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(intra_divergence_loss(features, LABELS), plain)
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
 def test_intra_divergence_refuses_unbalanced_batches(labels):
     with pytest.raises(ValueError, match="equally many images, at least two, of each of at least two classes"):

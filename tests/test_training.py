@@ -22,7 +22,7 @@ from hdkd_lib import recipes, runs, training
 from hdkd_lib.data.augment import Augmentation
 from hdkd_lib.data.batches import Files, Part
 from hdkd_lib.data.imbalance import IMBALANCE, class_weights
-from hdkd_lib.methods import CSKD, HDKD, DeiT, Supervised
+from hdkd_lib.methods import CSKD, HDKD, DearKD, DeiT, Supervised
 from hdkd_lib.recipes import DEIT, HDKD_STUDENT, HDKD_TEACHER, Recipe
 from hdkd_lib.training import fit
 
@@ -712,9 +712,12 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
             assert_close(value, two.student("last").state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("plan", ["imagenet_cskd_tiny"])
-def test_the_imagenet_plans_start_on_files_in_several_processes(plan, build, tmp_path):
-    """Two steps of their students and recipes on generated images, with a smaller teacher."""
+@pytest.mark.parametrize(
+    ("plan", "method", "arguments"),
+    [("imagenet_cskd_tiny", CSKD, ("kind", "schedule")), ("imagenet_dearkd_tiny", DearKD, ("taps", "stage1_fraction"))],
+)
+def test_the_imagenet_plans_start_on_files_in_several_processes(plan, method, arguments, build, tmp_path):
+    """Two steps of their methods, students and recipes on generated images, with a smaller teacher."""
     random = np.random.default_rng(0)
     for part, count in (("train", 10), ("test", 1)):
         for name in "abc":
@@ -723,16 +726,17 @@ def test_the_imagenet_plans_start_on_files_in_several_processes(plan, build, tmp
                 image = Image.fromarray(random.integers(0, 256, (80, 60, 3), np.uint8))
                 image.save(tmp_path / "images" / part / name / f"{part}{i}.jpg")
     [job] = [job for job in study.expand(plan)["jobs"].values() if not job["report"]]
-    chosen = job["parameters"]
+    chosen = study._defaults(job["notebook"]) | job["parameters"]
     where = {"image_size": chosen["image_size"], "protocol": chosen["protocol"], "from_files": True}
     images = hdkd_data.load("folder", tmp_path / "images", **where)
     student = build(chosen["network"], num_classes=3, **chosen["network_options"])
-    task = CSKD(student=student, teacher=build("resnet10t", num_classes=3, output_stride=8))
+    task = method(student=student, teacher=build("resnet10t", num_classes=3), **{key: chosen[key] for key in arguments})
     own = {key: chosen[key] for key in ("lr", "augment")}
     recipe = recipes.get(chosen["recipe"], epochs=1, batch_size=len(images.train) // 2 // 4 * 4, **own)
     run = fit(task, images, recipe, tmp_path / "run", **ON_CPU, num_processes=2)
     assert (run.config["recipe"]["repeats"], run.config["recipe"]["mixup"]) == (3, 0.8)
-    assert {"train_class_loss", "train_distillation_loss", "train_spatial_loss"} <= set(run.history)
+    own_term = {CSKD: "train_spatial_loss", DearKD: "train_hidden_loss"}[method]
+    assert {"train_class_loss", "train_distillation_loss", own_term} <= set(run.history)
     assert run.environment["processes"] == 2
 
 
