@@ -310,7 +310,7 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy") -> Figure
     ticks = sorted(100 * frame.fraction.unique())
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(top=min(axis.get_ylim()[1], 101))
+    axis.set_ylim(max(axis.get_ylim()[0], 0), min(axis.get_ylim()[1], 101))
     axis.legend(fontsize=8)
     return figure
 

@@ -57,7 +57,7 @@ def test_every_import_is_a_requirement():
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported.add(node.module.split(".")[0])
-    own = {"hdkd_lib", "study", "conftest"}
+    own = {"hdkd_lib", "study", "conftest", "timing"}
     distributions = packages_distributions()
     foreign = imported - set(sys.stdlib_module_names) - own
     assert not {m for m in foreign if not {canonicalize_name(d) for d in distributions.get(m, [])} & requirements().keys()}
@@ -108,6 +108,15 @@ def test_readme_says_what_the_ablations_say():
     assert f"at {100 * worst.difference:.1f} ± {100 * worst.difference_half_width:.1f} points" in text
     assert own.difference.idxmin() == "stem4"
     assert f"all q >= {table.q.min():.2f}" in text
+
+
+def test_readme_says_what_few_images_do():
+    table = pd.read_csv(ROOT / "results" / "published" / "data_efficiency" / "tables" / "summary.csv").set_index("run")
+    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    for name, kind in (("DearKD", "dearkd"), ("CSKD", "cskd"), ("DeiT", "deit")):
+        assert f"{name} {table['Δ balanced acc. to vit'][f'{kind} 25%']}" in text.replace(" points", "")
+    alone, dearkd = (table["balanced acc."][f"{kind} 25%"].split()[0] for kind in ("student", "dearkd"))
+    assert f"hybrid student has {alone} there without any teacher, where DearKD has {dearkd}:" in text
 
 
 @pytest.mark.parametrize(("dataset", "title"), [("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")])

@@ -7,29 +7,18 @@ ways give the same loss, which is checked first. A step is zero_grad, forward, b
 ResNet-18 teaches.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
-
+import timing
 import torch
 
-from hdkd_lib import models, runs
+from hdkd_lib import models
 from hdkd_lib.methods import CSKD, DeiT
 from hdkd_lib.methods.cskd import spatial_loss
-from hdkd_lib.training import autocast, resolve_device, resolve_precision
+from hdkd_lib.training import autocast
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device = resolve_device(options.device)
-    precision = resolve_precision(options.precision, device)
+    options = timing.options(__doc__)
+    device, precision = options.device, options.precision
     torch.manual_seed(0)
     teacher = models.create("resnet18", num_classes=1000)
     student = models.create("deit_tiny_distilled_patch16_224", num_classes=1000)
@@ -49,28 +38,13 @@ def main() -> None:
 
     losses = pooled_first().item(), head_first().item()
     assert abs(losses[0] - losses[1]) < 1e-2 * losses[1], losses
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-
-    def step(task) -> None:
-        optimizer.zero_grad()
-        with autocast(device, precision):
-            loss = task(images, labels)["loss"]
-        loss.backward()
-        optimizer.step()
 
     actions = {
         "pooled_first": lambda: pooled_first().backward(),
         "head_first": lambda: head_first().backward(),
-        **{name: lambda task=task: step(task) for name, task in tasks.items()},
+        **{name: timing.training_step(task, images, labels, precision) for name, task in tasks.items()},
     }
-    seconds = dict.fromkeys(actions, float("inf"))
-    for _ in range(options.repeats + 1):  # in turn, so that a slower minute hits all alike; the first round warms up
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    seconds = timing.race(actions, device, options.repeats)
     result = {
         "benchmark": "cskd_step",
         "batch": options.batch,
@@ -78,12 +52,8 @@ def main() -> None:
         "milliseconds": {name: round(1000 * value, 1) for name, value in seconds.items()},
         "spatial_speedup": round(seconds["head_first"] / seconds["pooled_first"], 2),
         "step_over_deit": round(seconds["CSKD"] / seconds["DeiT"], 3),
-        "environment": runs.environment(device),
     }
-    print(json.dumps(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    timing.report(result, device, options.out)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,19 @@ epoch on. `share_of_step` compares batch and augmentation with a training step o
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import timing
 import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision import transforms as T
 
-from hdkd_lib import data, models, runs
+from hdkd_lib import data, models
 from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.batches import Normalise, Part, batches
 from hdkd_lib.data.cache import decode
@@ -133,11 +133,8 @@ def main() -> None:
     }
     result = {"benchmark": "data", "size": size, "augment": options.augment, "images": count, "precision": precision}
     result |= {name: float(f"{value:.4g}") for name, value in rounded.items()}
-    result |= {"threads": torch.get_num_threads(), "environment": runs.environment(device)}
-    print(json.dumps(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"threads": torch.get_num_threads()}
+    timing.report(result, device, options.out)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+import timing
 import torch
 
-from hdkd_lib import models, runs
+from hdkd_lib import models
 from hdkd_lib.methods import HDKD
 from hdkd_lib.models.official import convert_official_state_dict
 from hdkd_lib.training import autocast, resolve_device, resolve_precision
@@ -125,12 +126,8 @@ def main() -> None:
         "ours_images_per_second": round(sides["ours"]["images_per_second"], 2),
         "speedup": round(sides["ours"]["images_per_second"] / sides["official"]["images_per_second"], 2),
         "memory_ratio": round(sides["ours"]["peak_bytes"] / sides["official"]["peak_bytes"], 3),
-        "environment": runs.environment(device),
     }
-    print(json.dumps(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    timing.report(result, device, options.out)
 
 
 if __name__ == "__main__":

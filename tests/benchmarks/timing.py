@@ -1,0 +1,64 @@
+"""What the benchmarks share: their options, a race of actions, and the line of JSON at the end."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from hdkd_lib import runs
+from hdkd_lib.training import autocast, resolve_device, resolve_precision
+
+
+def options(description: str) -> argparse.Namespace:
+    """--batch, --repeats, --device and --precision (both resolved), --out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    chosen.device = resolve_device(chosen.device)
+    chosen.precision = resolve_precision(chosen.precision, chosen.device)
+    return chosen
+
+
+def training_step(task, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Callable[[], None]:
+    """zero_grad, forward, backward and AdamW of a task, with an optimiser of its own."""
+    task.to(images.device).train()
+    parameters = [*task.student.parameters(), *task.auxiliary.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast(images.device, precision):
+            loss = task(images, labels)["loss"]
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def race(actions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Seconds of each action, its best of some rounds, in turn, so that a slower minute hits all alike."""
+    seconds = dict.fromkeys(actions, float("inf"))
+    for _ in range(repeats + 1):  # the first round warms up
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def report(result: dict, device: torch.device, out: Path | None) -> None:
+    """Prints the result with its environment, and writes it if a file is named."""
+    result |= {"environment": runs.environment(device)}
+    print(json.dumps(result))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
