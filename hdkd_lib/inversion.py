@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from hdkd_lib import metrics
 from hdkd_lib.data.batches import Normalise, Part
+from hdkd_lib.losses import batchnorm_loss, check_balance, competition_loss, intra_divergence_loss, total_variation
 from hdkd_lib.methods.base import Teacher
 from hdkd_lib.runs import write_atomically, write_json
 from hdkd_lib.training import autocast, digest, resolve_device, resolve_precision
@@ -95,81 +96,6 @@ PRESETS = {
         batch_size=80, lr=0.3, stages=((0.5, 100), (1.0, 200)), warmup=10, cosine=True, tv=1e-2, batchnorm=0.1, jitter=1
     ),
 }
-
-
-def batchnorm_loss(inputs: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], first: float = 1.0) -> Tensor:
-    """R of the module's head, in float32: inputs (B, C_l, h_l, w_l) of the batch norms; `first` is c_1, all other c_l are 1."""
-    terms = []
-    for x, norm in zip(inputs, norms, strict=True):
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        terms.append((mean - norm.running_mean.float()).norm() + (var - norm.running_var.float()).norm())
-    terms[0] = terms[0] * first
-    return torch.stack(terms).sum()
-
-
-def total_variation(images: Tensor) -> Tensor:
-    """Sum of the norms of the differences of neighbours along rows, columns and both diagonals; (B, C, h, w) -> scalar."""
-    x = images
-    steps = (
-        x[..., 1:] - x[..., :-1],
-        x[..., 1:, :] - x[..., :-1, :],
-        x[..., 1:, 1:] - x[..., :-1, :-1],
-        x[..., 1:, :-1] - x[..., :-1, 1:],
-    )
-    return torch.stack([step.norm() for step in steps]).sum()
-
-
-def competition_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 - JS(teacher, student), the Jensen-Shannon divergence of the classes by logits (B, K) in nats, in float32."""
-    p, q = (logits.float().softmax(1) for logits in (teacher, student))
-    m = ((p + q) / 2).clamp_min(1e-12).log()
-    return 1 - (F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean")) / 2
-
-
-def intra_divergence_loss(features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0) -> Tensor:
-    """L_BPID: classes stay apart by a margin, and within it images of one class spread.
-
-    With z the features of unit length, D_ij = |z_i - z_j|, hp_i the farthest of i's class and hn_i the nearest of the others:
-
-        L_BP = mean_i max(0, hp_i - hn_i + margin)
-        L_ID = -mean over the i with hp_i + margin < hn_i of the mean D_ij over i's class;        L_BPID = L_BP + weight L_ID
-
-    so that the spread ends where it reaches the nearest other class.
-
-    Args:
-        features: (B, D) of the teacher, before its classifier.
-        labels: (B,), as many of each class, at least two of at least two classes.
-
-    Raises:
-        ValueError: the classes are not balanced.
-    """
-    _check_balance(labels)
-    return _intra_divergence(features, labels, margin, weight)
-
-
-def _check_balance(labels: Tensor) -> None:
-    counts = labels.unique(return_counts=True)[1]
-    if len(counts) < 2 or counts.min() < 2 or counts.min() != counts.max():
-        raise ValueError(
-            "the intra-divergence loss needs a batch with equally many images, at least two, of each of at least two classes "
-            f"(got {counts.tolist()})"
-        )
-
-
-def _intra_divergence(features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0) -> Tensor:
-    z = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-    with torch.autocast(z.device.type, enabled=False):
-        squared = 2 - 2 * z @ z.T
-    distance = squared.clamp_min(1e-8).sqrt()  # the root has no gradient at 0
-    same = labels[:, None] == labels
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positives = same & ~itself
-    farthest = distance.masked_fill(~positives, -math.inf).amax(1)
-    nearest = distance.masked_fill(same, math.inf).amin(1)
-    boundary = (farthest - nearest + margin).relu().mean()
-    is_inside = (farthest.detach() + margin < nearest.detach()).to(distance.dtype)
-    spread = (distance * positives).sum(1) / positives.sum(1)
-    return boundary - weight * (spread * is_inside).sum() / is_inside.sum().clamp_min(1)
 
 
 class _Watched(nn.Module):
@@ -241,7 +167,7 @@ def invert(
     """
     device = next(teacher.parameters()).device
     if settings.divergence:
-        _check_balance(labels)
+        check_balance(labels)
     if settings.competition and student is None:
         raise ValueError("competition needs a student to compete with; pass student= or set competition=0")
     watched = _Watched(teacher)
@@ -313,7 +239,7 @@ def _terms(
     if settings.l2:
         terms["l2_loss"] = settings.l2 * x.flatten(1).norm(dim=1).mean()
     if settings.divergence:
-        terms["divergence_loss"] = settings.divergence * _intra_divergence(features, labels)
+        terms["divergence_loss"] = settings.divergence * intra_divergence_loss(features, labels, check=False)
     if settings.competition:  # transformers take images of one size
         size = (image_size, image_size)
         whole = seen if tuple(seen.shape[2:]) == size else F.interpolate(seen, size=size, mode="bilinear")
