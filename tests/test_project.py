@@ -119,6 +119,14 @@ def test_readme_says_what_few_images_do():
     assert f"hybrid student has {alone} there without any teacher, where DearKD has {dearkd}:" in text
 
 
+def test_readme_says_what_a_student_without_images_reaches():
+    table = pd.read_csv(ROOT / "results" / "published" / "data_free_nano" / "tables" / "summary.csv").set_index("run")
+    scores, text = table["balanced acc."], re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    assert f"reaches {scores['data_free']} on real digits, {scores['no_divergence']} without" in text
+    assert f"and {scores['quarter']} with a quarter" in text
+    assert f"real images it reaches {scores['real_soft']} (`results" in text
+
+
 @pytest.mark.parametrize(("dataset", "title"), [("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")])
 def test_readme_shows_what_a_leak_is_worth(dataset, title):
     scores = pd.read_csv(ROOT / "results" / "audits" / dataset / "optimism.csv")
