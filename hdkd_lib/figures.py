@@ -294,6 +294,19 @@ def heatmaps(rows: Mapping[str, Tensor], limits: tuple[float, float] | None = No
     return figure
 
 
+def layer_gaps(gaps: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """How far images are from what every batch norm remembers, by `inversion.statistics_gap`: means and variances, by layer."""
+    figure, axes = _subplots(1, 2, figsize=(11, 3))
+    for axis, statistic, label in zip(
+        axes, ("mean", "var"), ("means: RMS difference / running std", "variances: mean |log ratio|"), strict=True
+    ):
+        for name, rows in gaps.items():
+            axis.plot(range(1, len(rows) + 1), [row[statistic] for row in rows], marker=".", label=name)
+        axis.set(yscale="log", xlabel="batch norm, from first to last", title=label)
+    axes[0].legend()
+    return figure
+
+
 def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy") -> Figure:
     """A test metric by the share of the training images, per kind of run: means and their 95 % t intervals."""
     figure, axis = _subplots(figsize=(6.5, 3.6))

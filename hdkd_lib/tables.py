@@ -1,6 +1,7 @@
 """Tables from run folders."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -171,6 +172,12 @@ def metrics(measured: dict) -> pd.DataFrame:
         for part in ("val", "test")
     }
     return pd.DataFrame(columns).map("{:.3f}".format)
+
+
+def test_scores(trained: Mapping[str, Run]) -> pd.DataFrame:
+    """The test metrics of several runs, one row each, at the epoch that each has chosen."""
+    rows = {name: run.metrics["best"]["test"] for name, run in trained.items()}
+    return pd.DataFrame(rows, index=list(METRICS)).T.rename(columns=METRICS).map("{:.3f}".format)
 
 
 def _p(p: float) -> str:

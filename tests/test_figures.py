@@ -76,6 +76,14 @@ def test_loss_terms_stand_under_their_equations_on_logarithmic_axes(history):
     assert axes[0].lines[0].get_xdata().tolist() == [1, 2, 3]
 
 
+def test_layer_gaps_follow_the_layers_on_logarithmic_axes():
+    gaps = [{"layer": "norm1", "mean": 0.5, "var": 0.2}, {"layer": "norm2", "mean": 0.25, "var": 0.4}]
+    axes = figures.layer_gaps({"made": gaps, "real": gaps[:1]}).axes
+    assert {axis.get_yscale() for axis in axes} == {"log"}
+    assert [[line.get_ydata().tolist() for line in axis.lines] for axis in axes] == [[[0.5, 0.25], [0.5]], [[0.2, 0.4], [0.2]]]
+    assert axes[0].lines[0].get_xdata().tolist() == [1, 2]
+
+
 def part(name, *shape, gflops=0.5):
     return {"name": name, "shape": shape, "parameters": 1200, "gflops": gflops}
 

@@ -83,6 +83,13 @@ def test_the_metrics_of_one_run_stand_side_by_side(finished_run):
     assert table.loc["accuracy", "last epoch, test"] == f"{finished_run.metrics['last']['test']['accuracy']:.3f}"
 
 
+def test_the_test_scores_of_several_runs_are_those_of_their_chosen_epochs(finished_run):
+    best = finished_run.metrics["best"]["test"]
+    table = tables.test_scores({"one": finished_run, "again": finished_run})
+    assert table.index.tolist() == ["one", "again"]
+    assert table.loc["one"].to_dict() == {title: f"{best[key]:.3f}" for key, title in tables.METRICS.items()}
+
+
 # Ablations
 
 SCORES = {(0, 0): 0.70, (1, 0): 0.80, (0, 1): 0.90, (1, 1): 0.60}  # of the reference, by seed and fold
