@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hdkd_lib import data, models, recipes
+from hdkd_lib import data, inversion, models, recipes
 from hdkd_lib.methods import Supervised
 from hdkd_lib.methods.base import Teacher
 from hdkd_lib.training import autocast, resolve_device, resolve_precision
@@ -15,8 +15,9 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
     """Training time of a run with these notebook parameters, and those of the run that trains its teacher, if it has one.
 
     The networks run as they do in training, on random images: the student forwards and backwards, the teacher forwards, and
-    once an epoch the student on the validation part. Augmentation, decoding, the optimiser's step and the notebook's own
-    seconds are left out.
+    once an epoch the student on the validation part. Images that are made by inversion count with the time of making them.
+    Augmentation, decoding, the optimiser's step and the notebook's own seconds are left out, and teachers and comparisons that
+    a notebook trains itself.
 
     Raises:
         FileNotFoundError: the data are not there.
@@ -32,6 +33,8 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         size = {"num_classes": len(images.classes), "img_size": parameters["image_size"]}
         return models.create(of["network"], **size, **of["network_options"]).to(device, memory_format=torch.channels_last)
 
+    if teacher is None and parameters.get("teacher_pretrained"):
+        teacher = {"network": parameters["teacher_network"], "network_options": {}}
     task = Supervised(student=create(parameters)).to(device)
     expert = None if teacher is None else Teacher(create(teacher), task.student).to(device)
     pictures = torch.randn(batch, 3, *[parameters["image_size"]] * 2, device=device).contiguous(
@@ -39,7 +42,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
     )
     labels = torch.randint(len(images.classes), (batch,), device=device)
 
-    def forward() -> torch.Tensor:
+    def forward(task: Supervised = task) -> torch.Tensor:
         with autocast(device, precision):
             return task(pictures, labels)["loss"]
 
@@ -49,8 +52,14 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
             with autocast(device, precision):
                 expert(pictures)
 
-    per_epoch = len(images.train) * _timed(step, device) + len(images.val) * _timed(torch.no_grad()(forward), device)
-    return plan.epochs * per_epoch / batch
+    count, making = len(images.train), 0.0
+    if "per_class" in parameters:  # 07_data_free: the teacher makes the images
+        count = parameters["per_class"] * len(images.classes)
+        inverted = Supervised(student=create(teacher)).to(device)
+        iterations = sum(scale**2 * count for scale, count in inversion.preset(parameters["preset"]).stages)
+        making = iterations * count * _timed(lambda: forward(inverted).backward(), device)
+    per_epoch = count * _timed(step, device) + len(images.val) * _timed(torch.no_grad()(forward), device)
+    return (making + plan.epochs * per_epoch) / batch
 
 
 def _timed(action, device: torch.device, repeats: int = 2) -> float:

@@ -11,6 +11,7 @@ Formulas and settings of DeepInversion from its paper and its public code's docu
 none of it is here. The form of L_BPID is OUR CHOICE: of DearKD's loss only its purpose is known [paper].
 """
 
+import copy
 import json
 import math
 import os
@@ -73,7 +74,7 @@ class Inversion:
 
 
 PRESETS = {
-    # DeepInversion's for ResNet-34 on CIFAR-10 [code].
+    # DeepInversion's for ResNet-34 on CIFAR-10 [code], but for the intra-divergence loss (OUR CHOICE, in all three presets).
     "cifar": Inversion(batch_size=256, lr=0.05, stages=((1.0, 2000),), tv=2.5e-5, batchnorm=10.0, jitter=2),
     # DeepInversion's for ResNet-50 on ImageNet [code].
     "imagenet": Inversion(
@@ -96,6 +97,17 @@ PRESETS = {
         batch_size=80, lr=0.3, stages=((0.5, 100), (1.0, 200)), warmup=10, cosine=True, tv=1e-2, batchnorm=0.1, jitter=1
     ),
 }
+
+
+def preset(name: str) -> Inversion:
+    """The settings of this name in `PRESETS`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"a preset of inversion is one of {', '.join(PRESETS)} (got {name!r})")
+    return PRESETS[name]
 
 
 class _Watched(nn.Module):
@@ -157,23 +169,24 @@ def invert(
 
     Args:
         labels: (B,) classes to be seen by the teacher; for `settings.divergence` balanced.
-        student: whose disagreement with the teacher `settings.competition` rewards.
+        teacher: is left frozen and in eval mode.
+        student: whose disagreement with the teacher `settings.competition` rewards; left as it is.
         progress: a bar that is moved by one for every iteration.
         iterations: stop after so many (a probe of the time they take).
 
     Raises:
-        ValueError: the teacher has no batch norm, labels are not balanced, or competition without a student.
+        ValueError: the teacher has no batch norm, labels are not balanced, or one of competition and student without the other.
         FloatingPointError: the loss is no longer a number.
     """
     device = next(teacher.parameters()).device
     if settings.divergence:
         check_balance(labels)
-    if settings.competition and student is None:
-        raise ValueError("competition needs a student to compete with; pass student= or set competition=0")
+    if bool(settings.competition) != (student is not None):
+        raise ValueError("competition needs a student to compete with, and no other term has one; set both or neither")
     watched = _Watched(teacher)
     mean, std = (torch.tensor(teacher.pretrained_cfg[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     black, white = (0 - mean) / std, (1 - mean) / std
-    rival = Teacher(student, teacher) if settings.competition else None
+    rival = None if student is None else Teacher(copy.deepcopy(student), teacher).to(device)
     labels = labels.to(device)
     random_seed(seed)
     size = max(1, round(settings.stages[0][0] * image_size))
@@ -282,16 +295,15 @@ def synthesize(
     Args:
         teacher: in the end on `device`, with its weights as they were; a network with batch norm.
         classes: names in the order of its labels.
+        per_class: at least 4; `data.load` splits no fewer than 5.
         settings: an `Inversion`, or the name of a preset: cifar, imagenet, small.
+        student: see `invert`.
 
     Raises:
-        ValueError: unknown preset, other classes than the teacher's, too few images, or a folder that holds other images.
+        ValueError: other classes than the teacher's, too few images, a folder that holds other images, or as `invert`.
         FloatingPointError: also the third restart of a batch failed.
     """
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise ValueError(f"settings must be one of {', '.join(PRESETS)} (got {settings!r})")
-        settings = PRESETS[settings]
+    settings = preset(settings) if isinstance(settings, str) else settings
     if len(classes) != teacher.num_classes or per_class < 4:
         raise ValueError(
             f"the teacher has {teacher.num_classes} classes and needs as many names, and at least 4 images of each "
@@ -302,8 +314,6 @@ def synthesize(
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     teacher = teacher.to(device, memory_format=torch.channels_last)
-    if student is not None:
-        student = student.to(device)
     folder = Path(folder)
     asked = {
         "settings": json.loads(json.dumps(asdict(settings))),
@@ -354,9 +364,10 @@ def _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar,
             images, report = invert(teacher, labels, image_size, slower, seed=batch_seed, progress=bar, **common)
             return images, report | {"restarts": restarts}
         except FloatingPointError as error:
-            warnings.warn(f"batch {number}: {error}; begun again with lr={slower.lr / 2:g}", stacklevel=3)
             reason = error
             bar.update(begun - bar.n)
+            if restarts < 3:
+                warnings.warn(f"batch {number}: {error}; begun again with lr={slower.lr / 2:g}", stacklevel=3)
     raise FloatingPointError(
         f"batch {number} failed at four rates ({reason}); lower lr or the weights of the terms"
     ) from reason
@@ -386,21 +397,26 @@ def features(teacher: nn.Module, images: Tensor, batch_size: int = 256) -> tuple
 
 
 @torch.inference_mode()
-def statistics_gap(teacher: nn.Module, images: Tensor) -> list[dict]:
+def statistics_gap(teacher: nn.Module, images: Tensor, batch_size: int = 64) -> list[dict]:
     """Per batch norm, in the order of use: `layer`; `mean`, the root mean square over channels of the difference of the images'
-    mean to the running one, in running standard deviations; `var`, the mean absolute logarithm of the ratio of variances. All
-    images (N, 3, H, W) uint8 count as one batch.
+    mean to the running one, in running standard deviations; `var`, the mean absolute logarithm of the ratio of variances. The
+    statistics are those of all images (N, 3, H, W), uint8, together.
     """
     device = next(teacher.parameters()).device
     names = {module: name for name, module in teacher.named_modules()}
-    _, _, inputs, norms = _Watched(teacher)(Normalise(teacher).to(device)(images.to(device)))
+    prepare, watched = Normalise(teacher).to(device), _Watched(teacher)
+    moments: dict[nn.BatchNorm2d, Tensor] = {}  # mean of x and of x^2 per channel, (2, C)
+    for batch in images.split(batch_size):
+        _, _, inputs, norms = watched(prepare(batch.to(device)))
+        for x, norm in zip(inputs, norms, strict=True):
+            var, mean = (part.double().cpu() for part in torch.var_mean(x.float(), (0, 2, 3), correction=0))
+            moments[norm] = moments.get(norm, 0) + torch.stack([mean, var + mean**2]) * len(batch) / len(images)
     rows = []
-    for x, norm in zip(inputs, norms, strict=True):
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        kept = norm.running_var + norm.eps
+    for norm, (mean, square) in moments.items():
+        kept = norm.running_var.double().cpu() + norm.eps
         gaps = {
-            "mean": ((mean - norm.running_mean).square() / kept).mean().sqrt().item(),
-            "var": ((var + norm.eps) / kept).log().abs().mean().item(),
+            "mean": ((mean - norm.running_mean.cpu()).square() / kept).mean().sqrt().item(),
+            "var": ((square - mean**2 + norm.eps) / kept).log().abs().mean().item(),
         }
         rows.append({"layer": names[norm], **gaps})
     return rows

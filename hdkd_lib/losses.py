@@ -68,7 +68,9 @@ def competition_loss(teacher: Tensor, student: Tensor) -> Tensor:
 def intra_divergence_loss(
     features: Tensor, labels: Tensor, margin: float = 0.2, weight: float = 1.0, *, check: bool = True
 ) -> Tensor:
-    """L_BPID: classes stay apart by a margin, and within it images of one class spread.
+    """L_BPID of DearKD (arXiv 2204.12997): classes stay apart by a margin, and within it images of one class spread.
+
+    OUR CHOICE, form, margin and weight: of the paper's loss only its name and purpose are known.
 
     With z the features of unit length, D_ij = |z_i - z_j|, hp_i the farthest of i's class and hn_i the nearest of the others:
 

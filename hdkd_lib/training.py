@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
@@ -56,11 +57,12 @@ def fit(
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
         device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
-        precision: "float32", "bf16" (autocast), or "auto": bf16 where the device computes in it.
+        precision: "float32" (on NVIDIA's GPUs PyTorch's: convolutions in TF32), "bf16" (autocast), or "auto": bf16 where the
+            device computes in it.
         resident: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
         num_processes: train in so many processes, each with its share of every batch, on as many GPUs, or on the CPU. It is no
-            part of the configuration: without batch norm (which is synchronised on GPUs alone), augmentation and mixup the
-            weights are those of one process but for rounding.
+            part of the configuration: the weights are those of one process but for rounding where nothing is drawn for a batch
+            (augmentation, mixup) or counted in one (class weights, DearKD's standardised targets, and on CPUs batch norm).
         resume: whether to go on from the folder's checkpoint.
         force: whether a teacher may teach that is no better than chance on the validation part.
 
@@ -71,10 +73,10 @@ def fit(
     """
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
-    if num_processes < 1 or (num_processes > 1 and device.type == "cuda" and torch.cuda.device_count() < num_processes):
+    most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, num_processes)
+    if not 1 <= num_processes <= max(1, most):
         raise ValueError(
-            f"num_processes must be at least 1, and at most the number of GPUs where there are any "
-            f"(got {num_processes}, {torch.cuda.device_count()} GPUs)"
+            f"num_processes must be at least 1, and on GPUs at most their number (got {num_processes}, {most} of {device.type})"
         )
     _check_classes(task.student, data)
     config = {
@@ -97,6 +99,7 @@ def fit(
             if hasattr(task, "teacher"):
                 _check_skill(task, data, precision, force)
             task.is_fresh = False
+            task.student.is_trained = True
             if recipe.protocol == "paper":
                 data = data.chosen_on_test()
                 task.follow_paper()
@@ -115,6 +118,8 @@ def _train_in_processes(
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{folder}/meeting"
         arguments = (count, meeting, task.cpu(), data, recipe, run, seed, device.type, *options)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the first process works on the same GPU
         try:
             torch.multiprocessing.spawn(_train_one, arguments, nprocs=count)
         except torch.multiprocessing.ProcessRaisedException as error:
@@ -124,10 +129,9 @@ def _train_in_processes(
 
 def _train_one(rank: int, count: int, meeting: str, task, data, recipe, run, seed: int, kind: str, *options) -> None:
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
     if kind == "cuda":
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
     backend = "nccl" if kind == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=count)
     try:
@@ -190,7 +194,7 @@ def _train(
     network = task
     if processes > 1:
         if device.type == "cuda":
-            task.trainable_module = nn.SyncBatchNorm.convert_sync_batchnorm(task.student)
+            _synchronise_norms(task)
         network = nn.parallel.DistributedDataParallel(task, forward_sync_buffers=False, find_unused_parameters=True)
     if rank == 0:
         write_json(run.path / "environment.json", runs.environment(device) | {"processes": processes})
@@ -258,6 +262,12 @@ def _train(
     _save_weights(task, run.path / "last.safetensors")
     _finish(task, data, recipe, run, precision, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
     checkpoint.unlink()
+
+
+def _synchronise_norms(task: Method) -> None:
+    """Batch norms count the images of all processes. timm's conversion keeps the activation that some of its norms hold."""
+    task.trainable_module = convert_sync_batchnorm(task.student)
+    task.auxiliary = convert_sync_batchnorm(task.auxiliary)
 
 
 def _check_classes(network: nn.Module, data: Data) -> None:

@@ -84,3 +84,17 @@ def test_the_best_time_counts_but_the_first_call_does_not(durations, best, monke
 def test_the_notebooks_have_every_parameter_that_an_estimate_reads(notebook, teacher):
     student, expert = (name and study._defaults(name) | {"image_size": 16, "device": "cpu"} for name in (notebook, teacher))
     assert estimate.seconds(student, expert) > 0
+
+
+def test_images_that_a_teacher_makes_count_with_the_time_of_making_them(timed):
+    expert = PARAMETERS | {"network": "hdkd_teacher_nano"}
+    data_free = PARAMETERS | {"per_class": 8, "preset": "small"}  # stages ((0.5, 100), (1.0, 200)): 225 at full size
+    # 80 images: 225 * 80 * 3 s to make them (the first that is timed), then epochs of 80 * 1 s and 60 * 3 s, in batches of 8
+    assert estimate.seconds(data_free, expert) == pytest.approx((225 * 80 * 3 + 3 * (80 * 1 + 60 * 3)) / 8)
+
+
+def test_a_pretrained_teacher_is_asked_too(timed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(estimate, "Teacher", lambda network, student: asked.append(network.creation["name"]) or network)
+    estimate.seconds(PARAMETERS | {"teacher_pretrained": True, "teacher_network": "resnet10t"})
+    assert asked == ["resnet10t"]

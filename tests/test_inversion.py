@@ -55,7 +55,10 @@ def test_inverting_lowers_the_loss_and_leaves_the_teacher_as_it_was(teacher):
 
 def test_the_reported_terms_are_those_of_the_settings_and_sum_to_the_loss(teacher, build):
     settings = replace(TINY, l2=1e-2, competition=1.0, flip=True)
-    _, report = invert(teacher, LABELS, 16, settings, student=build("hdkd_student_nano", num_classes=2).eval())
+    student = build("hdkd_student_nano", num_classes=2).train()
+    _, report = invert(teacher, LABELS, 16, settings, student=student)
+    assert student.training  # as it was: it trains in turn with the images
+    assert any(parameter.requires_grad for parameter in student.parameters())
     terms = {name: value for name, value in report.items() if name.endswith("_loss")}
     names = {"class_loss", "batchnorm_loss", "tv_loss", "l2_loss", "divergence_loss", "competition_loss"}
     assert terms.keys() == names
@@ -81,6 +84,8 @@ def test_a_network_without_batch_norm_is_refused_and_told_what_has_it(build):
 def test_competition_needs_a_student_and_labels_a_balance(teacher):
     with pytest.raises(ValueError, match="competition needs a student"):
         invert(teacher, LABELS, 16, replace(TINY, competition=1.0))
+    with pytest.raises(ValueError, match="no other term has one"):
+        invert(teacher, LABELS, 16, TINY, student=teacher)
     with pytest.raises(ValueError, match="equally many images"):
         invert(teacher, LABELS[:7], 16, TINY)
 
@@ -157,10 +162,11 @@ def test_a_batch_that_becomes_nan_is_begun_again_with_half_the_rate(teacher, tmp
 
     monkeypatch.setattr(inversion, "invert", hopeless)
     with (
-        pytest.warns(UserWarning, match="nan"),
+        pytest.warns(UserWarning, match="nan") as said,
         pytest.raises(FloatingPointError, match=r"batch 0 failed at four rates .*lower lr"),
     ):
         synthesize(teacher, ["a", "b"], 4, tmp_path / "never", **options)
+    assert len([warning for warning in said if "begun again" in str(warning.message)]) == 3
 
 
 def test_a_loss_that_is_no_number_is_noticed(teacher):
@@ -174,7 +180,7 @@ def test_wrong_demands_are_refused_before_anything_is_written(teacher, tmp_path)
         (["a"], 4, {}, "the teacher has 2 classes and needs as many names"),
         (["a", "b"], 3, {}, "at least 4 images of each"),
         (["a", "b/c"], 4, {}, "'b/c' cannot name a folder"),
-        (["a", "b"], 4, {"settings": "tiny"}, "settings must be one of cifar, imagenet, small"),
+        (["a", "b"], 4, {"settings": "tiny"}, "a preset of inversion is one of cifar, imagenet, small"),
     ):
         with pytest.raises(ValueError, match=message):
             synthesize(teacher, classes, per_class, folder, **options | change)
@@ -237,3 +243,13 @@ def test_statistics_gap_is_zero_for_the_images_that_made_the_statistics(build):
     assert [row["layer"] for row in rows][:2] == ["conv1.1", "conv1.4"]
     assert max(row["mean"] for row in rows[:3]) < 1e-3
     assert max(row["var"] for row in rows[:3]) < 1e-2
+
+
+def test_statistics_gap_is_that_of_all_images_whatever_the_batches(build):
+    images = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
+    images[5:] //= 4  # the batches differ
+    network = build("resnet10t", num_classes=2)
+    whole, parts = (inversion.statistics_gap(network, images, batch_size=size) for size in (10, 4))
+    for one, other in zip(whole, parts, strict=True):
+        assert one["layer"] == other["layer"]
+        assert (other["mean"], other["var"]) == pytest.approx((one["mean"], one["var"]), rel=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
 
 import study
@@ -714,10 +715,15 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
 
 @pytest.mark.parametrize(
     ("plan", "method", "arguments"),
-    [("imagenet_cskd_tiny", CSKD, ("kind", "schedule")), ("imagenet_dearkd_tiny", DearKD, ("taps", "stage1_fraction"))],
+    [
+        ("imagenet_cskd_tiny", CSKD, ("kind", "schedule")),
+        ("imagenet_cskd_small", CSKD, ("kind", "schedule")),
+        ("imagenet_cskd_base", CSKD, ("kind", "schedule")),
+        ("imagenet_dearkd_tiny", DearKD, ("taps", "stage1_fraction")),
+    ],
 )
 def test_the_imagenet_plans_start_on_files_in_several_processes(plan, method, arguments, build, tmp_path):
-    """Two steps of their methods, students and recipes on generated images, with a smaller teacher."""
+    """Two steps of their methods, recipes and students, of four blocks, on generated images, with a smaller teacher."""
     random = np.random.default_rng(0)
     for part, count in (("train", 10), ("test", 1)):
         for name in "abc":
@@ -729,7 +735,7 @@ def test_the_imagenet_plans_start_on_files_in_several_processes(plan, method, ar
     chosen = study._defaults(job["notebook"]) | job["parameters"]
     where = {"image_size": chosen["image_size"], "protocol": chosen["protocol"], "from_files": True}
     images = hdkd_data.load("folder", tmp_path / "images", **where)
-    student = build(chosen["network"], num_classes=3, **chosen["network_options"])
+    student = build(chosen["network"], num_classes=3, depth=4, **chosen["network_options"])
     task = method(student=student, teacher=build("resnet10t", num_classes=3), **{key: chosen[key] for key in arguments})
     own = {key: chosen[key] for key in ("lr", "augment")}
     recipe = recipes.get(chosen["recipe"], epochs=1, batch_size=len(images.train) // 2 // 4 * 4, **own)
@@ -749,3 +755,23 @@ def test_no_processes_are_refused_before_anything_is_written(alone, digits, tmp_
     with pytest.raises(ValueError, match=r"num_processes must be at least 1.*got 0"):
         fit(alone(), digits, SHORT, tmp_path / "run", **ON_CPU, num_processes=0)
     assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_are_refused(alone, digits, tmp_path):
+    with pytest.raises(ValueError, match=r"on GPUs at most their number \(got 2, 1 of mps\)"):
+        fit(alone(), digits, SHORT, tmp_path / "run", device="mps", precision="float32", num_processes=2)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnety_002", "hdkd_teacher_nano"])
+def test_synchronised_batch_norms_keep_their_activations(name, build):
+    task = DearKD(student=build("deit_tiny_distilled_patch16_224", img_size=32, depth=4), teacher=build("resnet10t"))
+    task.trainable_module = build(name).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = task.student(images)
+    training._synchronise_norms(task)
+    assert_close(task.student(images), before)
+    norms = [
+        m for part in (task.student, task.auxiliary) for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert any(isinstance(norm, nn.SyncBatchNorm) for norm in task.auxiliary.modules())

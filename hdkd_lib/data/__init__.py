@@ -126,11 +126,10 @@ def load(
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed)
     groups = group_images(np.arange(len(source.ids)) if audit is None else audit.pictures, source.groups)
 
+    store = None if from_files else torch.from_numpy(images)  # one for all parts: processes share it as one
+
     def part(chosen: np.ndarray) -> Part:
-        if from_files:
-            pictures = Files([source.images[i] for i in chosen], image_size)
-        else:
-            pictures = Rows(torch.from_numpy(images), chosen)
+        pictures = Files([source.images[i] for i in chosen], image_size) if store is None else Rows(store, chosen)
         labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
         return Part(pictures, labels, [source.ids[i] for i in chosen], groups[chosen])
 

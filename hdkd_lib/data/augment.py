@@ -129,8 +129,8 @@ class DeiT(Augmentation):
                 if len(rows) == len(out):
                     out = change(out, chosen["level"], chosen["sign"])
                 else:
-                    index = torch.tensor(rows).to(out.device, non_blocking=True)
-                    out = out.index_copy(0, index, change(out[index], chosen["level"], chosen["sign"]))
+                    index = torch.tensor(rows).to(out.device, non_blocking=out.is_cuda)
+                    out.index_copy_(0, index, change(out[index], chosen["level"], chosen["sign"]))
         return out
 
     def finish(self, images: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _coin(shape: int | tuple[int, ...]) -> Tensor:
 
 def _on_device(drawn: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     """As float32 that broadcasts over images; a small copy that does not wait for the device."""
-    return {k: v.float().view(len(v), -1, 1, 1).to(images.device, non_blocking=True) for k, v in drawn.items()}
+    return {k: v.float().view(len(v), -1, 1, 1).to(images.device, non_blocking=images.is_cuda) for k, v in drawn.items()}
 
 
 def _grey(x: Tensor) -> Tensor:

@@ -159,8 +159,9 @@ def batches(
     else:
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
         read = _ahead(lambda chunk: (pin(part.images[chunk]), pin(part.labels[chunk])), chunks)
+    ahead = device.type == "cuda"  # elsewhere the memory may be gone before it is read
     for images, labels in read:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield images.to(device, non_blocking=ahead), labels.to(device, non_blocking=ahead)
 
 
 class _Reader(Dataset):

@@ -24,6 +24,7 @@ class Source:
         ids: a name for each image, unique, the same on every machine.
         labels: (N,) class indices.
         parts: "train", "val" or "test" for each image as published, or None where there is no published split.
+            `imagenet`: val is OUR CHOICE.
         groups: a name per image shared by images that must not be separated (a lesion, a patient), or None.
         card: what a reader must know: title, licence, citation, obtain (how to get it), known_faults.
 
@@ -199,25 +200,35 @@ def imagenette(root: Path | None, download: bool = False) -> Source:
 
 
 def imagenet(root: Path | None, download: bool = False) -> Source:
-    """ImageNet-1k (ILSVRC 2012) by torchvision's class, which extracts the original archives; its val is the test part."""
+    """ImageNet-1k (ILSVRC 2012) by torchvision's class, which extracts the original archives; its val is the test part.
+
+    OUR CHOICE: ten training images of each class, at most an eighth, are the validation part; the eighth of other sets would be
+    160,000 images here.
+    """
     from torchvision.datasets import ImageNet
 
     obtain = "image-net.org: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz"
     parts = {part: _torchvision(ImageNet, root, "imagenet", obtain, split=split) for part, split in _TRAIN_VAL.items()}
     samples = [(part, Path(path), label) for part, dataset in parts.items() for path, label in dataset.samples]
+    trained = np.array([label for part, _, label in samples if part == "train"])  # they come first
+    random, held = np.random.default_rng(0), set()
+    for label in range(len(parts["train"].classes)):
+        own = np.flatnonzero(trained == label)
+        held.update(random.choice(own, max(1, min(10, len(own) // 8)), replace=False).tolist())
     return Source(
         name="imagenet",
         classes=[names[0] for names in parts["train"].classes],
         images=[path for _, path, _ in samples],
         ids=[f"{path.parent.name}/{path.name}" for _, path, _ in samples],
         labels=np.array([label for *_, label in samples]),
-        parts=[part for part, *_ in samples],
+        parts=["val" if i in held else part for i, (part, *_) in enumerate(samples)],
         card={
             "title": "ImageNet-1k (ILSVRC 2012)",
             "licence": "ImageNet's terms: non-commercial research and education",
             "citation": "O. Russakovsky et al., IJCV 115, 2015, doi:10.1007/s11263-015-0816-y",
             "obtain": obtain,
-            "known_faults": "duplicates and ambiguous labels are known; the published validation part is the test part here",
+            "known_faults": "duplicates and ambiguous labels are known; the published validation part is the test part here, "
+            "and ten training images of each class are the validation part",
         },
     )
 

@@ -103,7 +103,8 @@ class Distillation(Method):
                 "train the teacher on the student's classes"
             )
         own_classes = getattr(teacher, "pretrained_cfg", {}).get("num_classes")
-        if getattr(teacher, "creation", {}).get("pretrained") and own_classes != teacher.num_classes:
+        is_adapted = getattr(teacher, "is_trained", False) or own_classes == teacher.num_classes
+        if getattr(teacher, "creation", {}).get("pretrained") and not is_adapted:
             raise ValueError(
                 f"this pretrained teacher knows {own_classes} classes; its head for {teacher.num_classes} is random: train it "
                 "first (02_teacher with pretrained=True, and probe=True for its classifier alone)"

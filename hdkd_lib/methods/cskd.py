@@ -12,7 +12,9 @@ Patch tokens share the head of the distillation token: no parameter is added, an
 in the official code (Zzzzz1/CSKD at fa0d8b8), which takes distilled DeiTs and RegNets alone. OUR CHOICE: a student without a
 distillation token uses its one head for everything; grids of any size meet at the smaller one, per side, by adaptive average
 pooling, which is the official 2x2 pooling for 14 -> 7; tokens are pooled before the head, the same for an affine head at a
-quarter of its cost; soft distillation divides each KL divergence by its number of rows (the official one mixes two scales).
+quarter of its cost; t is the teacher's own answer (the official code's mean of the local ones is the same for its RegNets,
+but not where a nonlinearity follows the pooling); soft distillation divides each KL divergence by its number of rows (the
+official one mixes two scales); the schedules `local` and `global` are for ablations.
 """
 
 import math

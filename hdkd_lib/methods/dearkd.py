@@ -11,7 +11,8 @@ the student's class and distillation logits, t the teacher's logits, S_l tokens 
 OUR CHOICE, all of it: hard labels and alpha = 1/2 as DeiT; w = 1 on teacher channels of mean 0 and variance 1 over batch and
 places, so that the term starts near 1 whatever the teacher; block 1 learns from stride 4, block 3 from stride 8; maps meet on
 the student's grid; A_l is a depthwise 3x3 convolution, batch norm, GELU and a 1x1 convolution; stage II begins at 5/6 of the
-epochs and trains both heads on labels, since inference averages them. Its steps run neither teacher nor aligners.
+epochs (with the first epoch that begins there or later) and trains both heads on labels, since inference averages them. Its
+steps run neither teacher nor aligners.
 """
 
 from collections.abc import Mapping
@@ -140,15 +141,19 @@ class DearKD(Distillation):
                 return {"loss": class_loss, **terms}
             both = (1 - self.alpha) * class_loss + self.alpha * self.cross_entropy(distillation_logits, target)
             return {"loss": both, **terms}
-        indices = sorted(set(self.teacher_maps))
-        teacher_logits, found = self.teacher(images, indices)
-        maps = [found[indices.index(i)] for i in self.teacher_maps]
+        teacher_logits, maps = self.lesson(images)
         terms["distillation_loss"] = self.logit_loss(distillation_logits, teacher_logits)
         loss = (1 - self.alpha) * class_loss + self.alpha * terms["distillation_loss"]
         if self.taps:
             terms["hidden_loss"] = self.hidden_loss(hidden, maps)
             loss = loss + self.hidden_weight * terms["hidden_loss"]
         return {"loss": loss, **terms}
+
+    def lesson(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits (B, C) and its map for every tap, of images in the student's normalisation."""
+        indices = sorted(set(self.teacher_maps))
+        logits, found = self.teacher(images, indices)
+        return logits, [found[indices.index(i)] for i in self.teacher_maps]
 
     def hidden_loss(self, hidden: list[Tensor], maps: list[Tensor]) -> Tensor:
         """Mean over the taps of the mean squared difference of aligned tokens (B, D, h, w) and the teacher's maps."""

@@ -24,7 +24,8 @@ def create(name: str, **kwargs) -> nn.Module:
     `pretrained=True` the weights of an installed package (`PACKAGED`) are taken before timm's hub.
 
     Raises:
-        ValueError: unknown name, or pretrained weights that can neither be found nor fetched.
+        ValueError: unknown name, an option that the network does not have, or pretrained weights that can neither be found
+            nor fetched.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
@@ -39,8 +40,10 @@ def create(name: str, **kwargs) -> nn.Module:
             if kwargs.get("num_classes", 1000) != 1000:
                 model.reset_classifier(kwargs["num_classes"])
     except TypeError as error:
-        if "img_size" not in kwargs or "'img_size'" not in str(error):
+        if "unexpected keyword argument" not in str(error):
             raise
+        if "img_size" not in kwargs or "'img_size'" not in str(error):
+            raise ValueError(f"{name} has no such option ({error}); give it its own (network_options in notebooks)") from error
         return create(name, **{key: value for key, value in kwargs.items() if key != "img_size"})  # a CNN takes any size
     except OSError as error:
         raise ValueError(
@@ -153,4 +156,5 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -
             f"{tuple(own[wrong[0]].shape)} here; check img_size, in_chans and the variant"
         )
     model.load_state_dict(weights)
+    model.is_trained = True
     return model

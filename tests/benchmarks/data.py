@@ -64,7 +64,7 @@ def seconds(function, device: torch.device, repeats: int = 3) -> float:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         if i:
             best = min(best, time.perf_counter() - start)
     return best

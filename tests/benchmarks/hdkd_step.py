@@ -75,7 +75,7 @@ def measure(side: str, options: argparse.Namespace) -> dict:
         value.backward()
         optimizer.step()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
     step()
     best = float("inf")
@@ -84,7 +84,7 @@ def measure(side: str, options: argparse.Namespace) -> dict:
         step()
         best = min(best, time.perf_counter() - start)
     peak = (
-        torch.cuda.max_memory_allocated()
+        torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )

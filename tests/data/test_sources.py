@@ -122,9 +122,12 @@ def flowers102_folder(image_folder, monkeypatch) -> Path:
     return root
 
 
+IMAGENET_TRAIN = {"n01440764": 9, "n02102040": 90}
+
+
 @pytest.fixture
 def imagenet_folder(image_folder) -> Path:
-    names = ["train/n01440764/n01440764_1.JPEG", "train/n02102040/n02102040_1.JPEG", "train/n02102040/n02102040_2.JPEG"]
+    names = [f"train/{wnid}/{wnid}_{i:02d}.JPEG" for wnid, count in IMAGENET_TRAIN.items() for i in range(count)]
     names += ["val/n02102040/ILSVRC2012_val_1.JPEG", "val/n01440764/ILSVRC2012_val_2.JPEG"]
     root = image_folder(*(f"imagenet/{name}" for name in names))
     classes = {"n01440764": ("tench", "Tinca tinca"), "n02102040": ("English springer",)}
@@ -341,12 +344,18 @@ def test_imagenette_has_the_names_of_its_classes_and_its_val_folder_is_the_test_
 def test_imagenet_has_the_names_of_its_classes_and_its_val_folder_is_the_test_part(imagenet_folder):
     source = open_source("imagenet", imagenet_folder)
     assert source.classes == ["tench", "English springer"]
-    files = ["n01440764_1", "n02102040_1", "n02102040_2", "ILSVRC2012_val_2", "ILSVRC2012_val_1"]
-    assert [path.stem for path in source.images] == files
+    files = [f"{wnid}_{i:02d}" for wnid, count in IMAGENET_TRAIN.items() for i in range(count)]
+    assert [path.stem for path in source.images] == [*files, "ILSVRC2012_val_2", "ILSVRC2012_val_1"]
     assert source.ids[-1] == "n02102040/ILSVRC2012_val_1.JPEG"
-    assert source.labels.tolist() == [0, 1, 1, 0, 1]
-    assert source.parts == ["train"] * 3 + ["test"] * 2
+    assert source.labels.tolist() == [0] * 9 + [1] * 90 + [0, 1]
+    assert source.parts[-2:] == ["test", "test"]
     assert open_source("imagenet", imagenet_folder / "imagenet").ids == source.ids
+
+
+def test_imagenets_validation_part_is_ten_training_images_of_a_class_and_at_most_an_eighth(imagenet_folder):
+    parts = open_source("imagenet", imagenet_folder).parts
+    assert [parts[:9].count("val"), parts[9:99].count("val")] == [1, 10]
+    assert open_source("imagenet", imagenet_folder).parts == parts
 
 
 def test_cifar_joins_its_five_files_and_its_test_part(cifar10_folder):

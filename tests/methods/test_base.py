@@ -144,3 +144,7 @@ def test_a_pretrained_teacher_with_a_random_head_is_refused(build):
     teacher.creation["pretrained"] = True
     with pytest.raises(ValueError, match=r"knows 1000 classes; its head for 10 is random: train it first"):
         HDKD(student=build(), teacher=teacher)
+    plain = build("vit_tiny_patch16_224", num_classes=10, img_size=32)
+    with pytest.raises(ValueError, match="its head for 10 is random"):
+        DeiT(student=plain, teacher=teacher)
+    DeiT(student=plain, teacher=models.load_weights(teacher, teacher.state_dict()))  # whoever has its weights has its head

