@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
@@ -161,7 +162,7 @@ def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, fl
     """The images (N, 3, H, W; uint8, or float in [0, 1]), and below them every entry's maps (N, h, w) laid over them.
 
     Args:
-        limits: values of the darkest and the brightest colour; None: each map's own extremes.
+        limits: values of the darkest and the brightest colour, with a scale beside; None: each map's own extremes.
     """
     low, high = limits or (None, None)
     count = len(images)
@@ -177,6 +178,9 @@ def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, fl
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    if limits:
+        shown = plt.cm.ScalarMappable(plt.Normalize(low, high), "inferno")
+        figure.colorbar(shown, ax=axes[1:], shrink=0.8, aspect=12 * len(maps))
     return figure
 
 
@@ -194,17 +198,18 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Training loss (divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
     figure, axes = _subplots(1, 3, figsize=(11, 3))
-    for name, history in histories.items():
-        axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], label=name)
-        axes[1].plot(history.epoch + 1, history.val_nll, label=name)
-        axes[2].plot(history.epoch + 1, 100 * history.val_balanced_accuracy, label=name)
+    for i, (name, history) in enumerate(histories.items()):
+        style = {"label": name, "linestyle": ("-", "--", "-.", ":")[i % 4]}  # one may lie on another
+        axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], **style)
+        axes[1].plot(history.epoch + 1, history.val_nll, **style)
+        axes[2].plot(history.epoch + 1, 100 * history.val_balanced_accuracy, **style)
     for axis, title in zip(
         axes, ("training loss / first epoch's", "validation cross-entropy", "validation balanced accuracy (%)"), strict=True
     ):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[2].set_ylim(top=100)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -217,7 +222,9 @@ def loss_terms(history: pd.DataFrame, terms: Mapping[str, str], yscale: str = "l
     figure, axes = _subplots(1, len(terms), figsize=(4.6 * len(terms), 3), squeeze=False)
     for axis, color, (term, equation) in zip(axes[0], _cycle(), terms.items(), strict=False):
         axis.plot(history.epoch + 1, history[f"train_{term}"], color=color)
-        axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "), yscale=yscale)
+        axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "))
+        if yscale == "log":
+            _log_scale(axis)
         axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
@@ -274,23 +281,29 @@ def attention_distances(distances: Mapping[str, Tensor]) -> Figure:
         axis.plot(blocks, values.mean(1), color=color, label=name)
         axis.scatter(blocks.repeat(values.shape[1]), values.flatten(), s=14, color=color, alpha=0.5)
     axis.set(xlabel="block", ylabel="mean attention distance (pixels)")
+    axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     return figure
 
 
-def heatmaps(rows: Mapping[str, Tensor], limits: tuple[float, float] | None = None) -> Figure:
-    """One row of maps (N, h, w) per entry; `limits` as in `overlays`."""
-    low, high = limits or (None, None)
+def heatmaps(rows: Mapping[str, Tensor], each: str = "map") -> Figure:
+    """One row of maps (N, h, w) per entry, each in colours from its own lowest to its own highest value.
+
+    Args:
+        each: what one map is of, such as "head", for the titles.
+    """
     count = max(len(maps) for maps in rows.values())
     figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 1.6, 1.2 * len(rows)), squeeze=False)
     for line, (name, maps) in zip(axes, rows.items(), strict=True):
         for axis, values in zip(line, maps, strict=False):
-            axis.imshow(values.cpu().numpy(), cmap="inferno", vmin=low, vmax=high)
+            axis.imshow(values.cpu().numpy(), cmap="inferno")
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for i, axis in enumerate(axes[0]):
+        axis.set_title(f"{each} {i}", fontsize=8)
     return figure
 
 
@@ -302,7 +315,8 @@ def layer_gaps(gaps: Mapping[str, Sequence[Mapping]]) -> Figure:
     ):
         for name, rows in gaps.items():
             axis.plot(range(1, len(rows) + 1), [row[statistic] for row in rows], marker=".", label=name)
-        axis.set(yscale="log", xlabel="batch norm, from first to last", title=label)
+        axis.set(xlabel="batch norm, from first to last", title=label)
+        _log_scale(axis)
     axes[0].legend()
     return figure
 
@@ -332,9 +346,10 @@ def forest(table: pd.DataFrame, reference: str) -> Figure:
     """Differences of `tables.ablations` to the reference run with their 95 % intervals, one line per change, in points."""
     figure, axis = _subplots(figsize=(8, 0.28 * len(table) + 0.9))
     groups = list(dict.fromkeys(table.parameters))
+    colors = sns.color_palette("husl", len(groups))
     for y, row in enumerate(table.itertuples()):
         width = 0 if np.isnan(row.difference_half_width) else 100 * row.difference_half_width
-        color = _cycle()[groups.index(row.parameters)]
+        color = colors[groups.index(row.parameters)]
         axis.errorbar(100 * row.difference, y, xerr=width, fmt="o", color=color, capsize=3, markersize=5)
     axis.axvline(0, color="0.3", lw=1)
     axis.set_yticks(range(len(table)), table.change, fontsize=8)
@@ -352,6 +367,7 @@ def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "
         mean = pd.concat(replicates).groupby("epoch")[column].mean()
         axis.plot(mean.index + 1, 100 * mean, color=color, lw=2, label=f"{name} (mean of {len(replicates)})")
     axis.set(xlabel="epoch", ylabel=f"{column.replace('val_', 'validation ').replace('_', ' ')} (%)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
@@ -388,6 +404,14 @@ def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
     figure, axes = plt.subplots(*arguments, **options)
     plt.close(figure)
     return figure, axes
+
+
+def _log_scale(axis: plt.Axes) -> None:
+    """A logarithmic y axis with numbers to read also within one power of ten."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def _name_classes(axis: plt.Axes, ticks: Sequence[float], classes: Sequence[str]) -> None:

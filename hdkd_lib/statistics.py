@@ -45,3 +45,12 @@ def paired(values: Sequence[float], baseline: Sequence[float], level: float = 0.
     if len(difference) < 2 or np.ptp(difference) < 1e-9:
         return estimate
     return Estimate(estimate.mean, estimate.half_width, estimate.n, stats.ttest_1samp(difference, 0).pvalue.item())
+
+
+def false_discoveries(p: Sequence[float]) -> np.ndarray:
+    """q of each p (Benjamini and Hochberg): of those below .05 one in twenty is expected to be by chance; nan stays nan."""
+    p = np.asarray(p, float)
+    q, tested = np.full(len(p), math.nan), ~np.isnan(p)
+    if tested.any():
+        q[tested] = stats.false_discovery_control(p[tested])
+    return q

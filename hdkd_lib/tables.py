@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
 
 from hdkd_lib.runs import Run
-from hdkd_lib.statistics import Estimate, interval, paired
+from hdkd_lib.statistics import Estimate, false_discoveries, interval, paired
 
 METRICS = {
     "accuracy": "accuracy",
@@ -25,19 +24,23 @@ def summary(frame: pd.DataFrame, *, baseline: str = "student", compare: str = "b
     """One row per kind of run (column `run` of `runs.load`): test metrics in percent, mean ± 95 % t interval over replicates.
 
     The last columns hold the difference of `compare` to the kind of run `baseline`, paired by seed, fold and fraction, in
-    percentage points with its interval and the paired t-test's p; empty for the baseline and where nothing pairs.
+    percentage points with its interval, the paired t-test's p, and q, p after Benjamini and Hochberg's control of false
+    discoveries over the table's rows; empty for the baseline and where nothing pairs.
     """
-    rows = {}
+    rows, p = {}, {}
     for name, group in frame.groupby("run", sort=False):
         row = {"network": group.student.iloc[0], "parameters": f"{group.parameters.iloc[0]:,}", "runs": len(group)}
         row["epoch chosen on"] = SELECTION[group.selection.iloc[0]]
         row |= {title: str(interval(group[metric])) for metric, title in METRICS.items()}
         pairs = group.merge(frame[frame.kind == baseline], on=REPLICATE, suffixes=("", "_baseline"))
-        row |= {f"Δ {METRICS[compare]} to {baseline}": "", "p": ""}
+        row |= {f"Δ {METRICS[compare]} to {baseline}": "", "p": "", "q": ""}
         if group.kind.iloc[0] != baseline and len(pairs):
             difference = paired(pairs[compare], pairs[f"{compare}_baseline"])
             row |= {f"Δ {METRICS[compare]} to {baseline}": f"{difference:+}", "p": _p(difference.p)}
+            p[name] = difference.p
         rows[name] = row
+    for name, q in zip(p, false_discoveries(list(p.values())), strict=True):
+        rows[name]["q"] = _p(q)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").reset_index()
 
 
@@ -83,10 +86,7 @@ def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "b
     if not rows:
         raise ValueError(f"nothing can be compared with {reference!r}: no other run has its seeds and folds")
     table = pd.DataFrame(rows)
-    tested = table.p.notna()
-    table["q"] = math.nan
-    if tested.any():
-        table.loc[tested, "q"] = stats.false_discovery_control(table.p[tested])
+    table["q"] = false_discoveries(table.p)
     return table.sort_values(["parameters", "run"], key=lambda c: (c == "method").astype(str) + c, ignore_index=True)
 
 

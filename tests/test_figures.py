@@ -209,12 +209,13 @@ def test_attention_distances_have_a_dot_per_head_and_a_line_of_means():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["DeiT", "CSKD"]
 
 
-def test_heatmaps_have_a_row_per_entry_and_one_scale_if_asked():
+def test_heatmaps_have_a_row_per_entry_and_a_scale_per_map():
     maps = torch.rand(3, 4, 5)
-    figure = figures.heatmaps({"block 0": maps, "block 1": maps[:2]}, (0, 2))
+    figure = figures.heatmaps({"block 0": maps, "block 1": maps[:2]}, "head")
     shown = [image for axis in figure.axes for image in axis.images]
     assert [image.get_array().shape for image in shown] == [(4, 5)] * 5
-    assert {image.get_clim() for image in shown} == {(0, 2)}
+    assert [image.get_clim()[0] for image in shown] == pytest.approx([float(m.min()) for m in (*maps, *maps[:2])])
+    assert [axis.get_title() for axis in figure.axes] == ["head 0", "head 1", "head 2", "", "", ""]
     assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["block 0", "block 1"]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hdkd_lib.statistics import Estimate, interval, paired
+from hdkd_lib.statistics import Estimate, false_discoveries, interval, paired
 
 scores = st.lists(st.tuples(*[st.integers(0, 1000).map(lambda n: n / 1000)] * 2), min_size=2, max_size=8)
 
@@ -53,3 +53,10 @@ def test_an_estimate_reads_as_percent():
         assert f"{Estimate(mean, 0.013, 3):+}" == text
         assert f"{Estimate(mean, 0.013, 3)}" == str(Estimate(mean, 0.013, 3)) == text.removeprefix("+")
     assert f"{interval([0.02]):+}" == "+2.0"
+
+
+def test_false_discoveries_are_controlled_over_what_was_tested():
+    # by hand, p (i-th smallest of m) m / i, and none above a larger p's: .01 * 3 / 1, .04 * 3 / 2, .05 * 3 / 3
+    assert false_discoveries([0.04, math.nan, 0.01, 0.05]) == pytest.approx([0.05, math.nan, 0.03, 0.05], nan_ok=True)
+    assert np.isnan(false_discoveries([math.nan])).all()
+    assert len(false_discoveries([])) == 0
