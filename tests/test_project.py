@@ -92,22 +92,50 @@ def test_readme_shows_the_published_table():
     assert (ROOT / "results/published/brain_tumor_nano/tables/summary.md").read_text() in (ROOT / "README.md").read_text()
 
 
+def readme() -> str:
+    return re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+
+
+def points(plan: str, run: str, baseline: str, fraction: float = 1.0) -> str:
+    """The paired difference of balanced accuracy, as the README writes it."""
+    from hdkd_lib.statistics import paired
+
+    frame = pd.read_csv(ROOT / "results" / "published" / plan / "tables" / "runs.csv").query("fraction == @fraction")
+    scores = frame.pivot_table(index=["seed", "fold"], columns="kind", values="balanced_accuracy")
+    return f"{paired(scores[run], scores[baseline]):+}"
+
+
+def test_readme_says_what_hdkd_costs_and_what_pixels_reach():
+    published, text = ROOT / "results" / "published" / "brain_tumor_nano" / "tables" / "runs.csv", readme()
+    seconds = pd.read_csv(published).groupby("run").seconds.mean()
+    assert (
+        f"for {seconds.hdkd:.0f} s of training in place of {seconds.student:.0f} s, after its teacher's {seconds.teacher:.0f}"
+        in text
+    )
+    audit = pd.read_csv(ROOT / "results" / "audits" / "brain_tumor" / "optimism.csv").query(
+        "protocol == 'grouped' and fold < 3"
+    )
+    pixels = 100 * audit.groupby("classifier").balanced_accuracy.mean()
+    logistic, nearest = pixels["logistic regression"], pixels["nearest neighbour"]
+    assert f"16x16 grey pixels has {logistic:.1f} and the nearest neighbour {nearest:.1f} " in text
+
+
 def test_readme_says_what_the_papers_protocol_is_worth():
     from hdkd_lib import runs, tables
 
     [row] = tables.optimism(runs.load(ROOT / "results" / "published" / "brain_tumor_nano")).to_dict("records")
     paper, honest = (row[column].split()[0] for column in ("chosen on test", "chosen on validation"))
-    assert re.search(rf"reports\s{paper} where the honest one reports {honest} ", (ROOT / "README.md").read_text())
+    assert f"reports {paper} where the honest one reports {honest} ({row['Δ']}, " in readme()
 
 
 def test_readme_says_what_the_ablations_say():
     table = pd.read_csv(ROOT / "results" / "published" / "hdkd_ablations" / "ablations" / "ablations.csv").set_index("run")
-    own = table[table.parameters != "method"]
-    worst = own.loc["stem4"]
-    text = (ROOT / "README.md").read_text()
-    assert f"at {100 * worst.difference:.1f} ± {100 * worst.difference_half_width:.1f} points" in text
-    assert own.difference.idxmin() == "stem4"
+    text, own = readme(), table[table.parameters != "method"]
+    assert own.difference.abs().idxmax() == "stem4"
+    assert f"(stem stride 4), {points('hdkd_ablations', 'stem4', 'hdkd')} points" in text
+    assert f"{(table.difference.abs() > table.difference_half_width).sum()} of {len(table)} intervals leave out zero" in text
     assert f"all q >= {table.q.min():.2f}" in text
+    assert f"student alone is at {points('hdkd_ablations', 'student', 'hdkd')}:" in text
 
 
 def test_readme_says_what_few_images_do():
@@ -121,10 +149,14 @@ def test_readme_says_what_few_images_do():
 
 def test_readme_says_what_a_student_without_images_reaches():
     table = pd.read_csv(ROOT / "results" / "published" / "data_free_nano" / "tables" / "summary.csv").set_index("run")
-    scores, text = table["balanced acc."], re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
-    assert f"reaches {scores['data_free']} on real digits, {scores['no_divergence']} without" in text
-    assert f"and {scores['quarter']} with a quarter" in text
-    assert f"real images it reaches {scores['real_soft']} (`results" in text
+    scores, text = table["balanced acc."], readme()
+    difference = {
+        run: points("data_free_nano", run, "data_free") for run in ("real_soft", "quarter", "no_mixing", "no_divergence")
+    }
+    assert f"reaches {scores['data_free']} on real digits, and {scores['real_soft']} on the teacher's real images" in text
+    assert f"the difference is {difference['real_soft']})" in text
+    assert f"costs {difference['quarter']} points, not to mix them {difference['no_mixing']};" in text
+    assert f"without the intra-divergence loss it is {difference['no_divergence']}, " in text
 
 
 @pytest.mark.parametrize(("dataset", "title"), [("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")])
