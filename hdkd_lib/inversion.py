@@ -50,6 +50,7 @@ class Inversion:
         first: factor of the first batch norm.
         jitter: largest shift in pixels per side at full size, around the edges; drawn anew in every iteration.
         flip: whether half of the iterations see the images mirrored.
+        grey: whether the images have one channel, which the teacher sees three times (OUR CHOICE, for teachers of grey images).
     """
 
     batch_size: int
@@ -66,6 +67,7 @@ class Inversion:
     competition: float = 0.0
     jitter: int = 0
     flip: bool = False
+    grey: bool = False
 
     def __post_init__(self):
         scales = [scale for scale, _ in self.stages]
@@ -185,12 +187,14 @@ def invert(
         raise ValueError("competition needs a student to compete with, and no other term has one; set both or neither")
     watched = _Watched(teacher)
     mean, std = (torch.tensor(teacher.pretrained_cfg[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    black, white = (0 - mean) / std, (1 - mean) / std
+    # x is in the teacher's normalisation, or, where it is grey, in the mean of its channels'.
+    own_mean, own_std = (v.mean(1, keepdim=True) if settings.grey else v for v in (mean, std))
+    black, white = (0 - own_mean) / own_std, (1 - own_mean) / own_std
     rival = None if student is None else Teacher(copy.deepcopy(student), teacher).to(device)
     labels = labels.to(device)
     random_seed(seed)
     size = max(1, round(settings.stages[0][0] * image_size))
-    x = torch.randn(len(labels), 3, size, size, device=device)
+    x = torch.randn(len(labels), own_mean.shape[1], size, size, device=device)
     best, best_loss, snapshots, done = None, None, {}, 0
 
     for scale, count in settings.stages:
@@ -202,15 +206,16 @@ def invert(
         reach = round(settings.jitter * scale)
         for i in range(count):
             if done in watch:
-                snapshots[done] = _pixels(x, mean, std)
+                snapshots[done] = _pixels(x, own_mean, own_std)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _rate(i, count, settings)
             shift = torch.randint(-reach, reach + 1, (2,)).tolist()
-            seen = x.roll(shift, (2, 3))
+            whole = (x * own_std + own_mean - mean) / std if settings.grey else x
+            seen = whole.roll(shift, (2, 3))
             if settings.flip and torch.rand(()) < 0.5:
                 seen = seen.flip(3)
             with autocast(device, precision):
-                terms = _terms(watched, rival, x, seen, labels, image_size, settings)
+                terms = _terms(watched, rival, whole, seen, labels, image_size, settings)
             loss = torch.stack(list(terms.values())).sum()
             if scale == 1:
                 values = torch.stack([loss, *terms.values()]).detach()
@@ -226,12 +231,12 @@ def invert(
             if progress is not None:
                 progress.update()
             if done == iterations:
-                return _pixels(x, mean, std), {}
+                return _pixels(x, own_mean, own_std), {}
             if (done % 50 == 0 or i == count - 1) and not torch.isfinite(loss + x.sum()):
                 raise FloatingPointError(f"the loss became {loss.item()} in iteration {done}")
     if done in watch:
-        snapshots[done] = _pixels(x, mean, std)
-    images = _pixels(best, mean, std)
+        snapshots[done] = _pixels(x, own_mean, own_std)
+    images = _pixels(best, own_mean, own_std)
     with torch.inference_mode():
         decided = teacher(Normalise(teacher).to(device)(images.to(device))).argmax(1)
     report = dict(zip(["loss", *terms], best_loss.tolist(), strict=True))
@@ -270,7 +275,8 @@ def _rate(i: int, count: int, settings: Inversion) -> float:
 
 
 def _pixels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return ((x.detach() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
+    """Of one channel or three: uint8 (B, 3, H, W)."""
+    return ((x.detach() * std + mean) * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).cpu()
 
 
 def synthesize(

@@ -75,6 +75,22 @@ def test_images_are_watched_as_they_grow_and_the_same_seed_gives_the_same(teache
     assert not torch.equal(first, other)
 
 
+def test_grey_images_have_one_channel_which_the_teacher_sees_in_its_own_normalisation(teacher, monkeypatch):
+    teacher.pretrained_cfg = teacher.pretrained_cfg | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    seen, real = [], inversion._terms
+    monkeypatch.setattr(inversion, "_terms", lambda *arguments: seen.append(arguments[3].detach()) or real(*arguments))
+    images, report = invert(teacher, LABELS, 16, replace(TINY, grey=True), watch=(0,))
+    for made in (images, report["watched"][0]):
+        assert torch.equal(made[:, 0], made[:, 1])
+        assert torch.equal(made[:, 0], made[:, 2])
+    assert len(images.unique()) > 2
+    mean, std = (torch.tensor(teacher.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    pixels = seen[-1] * std + mean
+    assert torch.allclose(pixels[:, 0], pixels[:, 2], atol=1e-6)
+    coloured, _ = invert(teacher, LABELS, 16, TINY)
+    assert not torch.equal(coloured[:, 0], coloured[:, 1])
+
+
 def test_a_network_without_batch_norm_is_refused_and_told_what_has_it(build):
     network = build("convnext_atto", num_classes=2)
     with pytest.raises(ValueError, match=r"ConvNeXt cannot be inverted: .*\(LayerNorm.*take a ResNet, RegNet"):
