@@ -138,6 +138,19 @@ def test_readme_says_what_the_ablations_say():
     assert f"student alone is at {points('hdkd_ablations', 'student', 'hdkd')}:" in text
 
 
+def test_readme_says_what_cskds_ablations_say():
+    folder, text = ROOT / "results" / "published" / "cskd_ablations", readme()
+    scores = pd.read_csv(folder / "tables" / "summary.csv").set_index("run")["balanced acc."]
+    assert f"CSKD has {scores.cskd}, DeiT's distillation {scores.deit} and the ViT alone {scores.vit};" in text
+    runs = pd.read_csv(folder / "tables" / "runs.csv")
+    without = 100 * runs[runs.run == "spatial_0"].balanced_accuracy.sort_values()
+    assert f"one of three replicates stays at {without.iloc[0]:.1f}." in text
+    assert without.iloc[1] > 90
+    assert f"a single cell teaches as well ({points('cskd_ablations', 'grid_1x1', 'cskd')})" in text
+    table = pd.read_csv(folder / "ablations" / "ablations.csv")
+    assert f"(q >= {table[table.parameters != 'method'].q.min():.2f})" in text
+
+
 def test_readme_says_what_few_images_do():
     table = pd.read_csv(ROOT / "results" / "published" / "data_efficiency" / "tables" / "summary.csv").set_index("run")
     text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
