@@ -151,6 +151,19 @@ def test_readme_says_what_cskds_ablations_say():
     assert f"(q >= {table[table.parameters != 'method'].q.min():.2f})" in text
 
 
+def test_readme_says_what_dearkds_ablations_say():
+    folder, text = ROOT / "results" / "published" / "dearkd_ablations", readme()
+    scores = pd.read_csv(folder / "tables" / "summary.csv").set_index("run")["balanced acc."]
+    assert f"DearKD has {scores.dearkd}, DeiT's distillation {scores.deit}, the ViT {scores.vit} alone and" in text
+    assert f" {scores.mhca_alone} with convolutional attention." in text
+    others = ("taps_none", "mhca_0", "switch_50", "switch_never")
+    features, attention, half, never = (points("dearkd_ablations", run, "dearkd") for run in others)
+    assert f"the early features DearKD has {features}, without convolutional attention {attention};" in text
+    assert f"half of the epochs gives {half}, one that never leaves {never}." in text
+    table = pd.read_csv(folder / "ablations" / "ablations.csv")
+    assert f"(q >= {table.q.min():.2f})" in text.partition("And DearKD's?")[2]
+
+
 def test_readme_says_what_few_images_do():
     table = pd.read_csv(ROOT / "results" / "published" / "data_efficiency" / "tables" / "summary.csv").set_index("run")
     text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
