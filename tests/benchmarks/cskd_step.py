@@ -3,8 +3,8 @@
     python tests/benchmarks/cskd_step.py [--batch 32] [--device cuda] [--precision bf16]
 
 Prints one JSON line. The spatial term is the student's side, forward and backward, of ViT-Ti's tokens and 1,000 classes, with
-the teacher's decisions at hand; both ways give the library's loss, which is checked first. A step is zero_grad, forward, backward and AdamW of DeiT-Ti at 224 px that a
-ResNet-18 teaches.
+the teacher's decisions at hand; both ways give the library's loss, which is checked first. A step is zero_grad, forward,
+backward and AdamW of DeiT-Ti at 224 px that a ResNet-18 teaches.
 """
 
 import timing
