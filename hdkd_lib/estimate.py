@@ -56,7 +56,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
     if "per_class" in parameters:  # 07_data_free: the teacher makes the images
         count = parameters["per_class"] * len(images.classes)
         inverted = Supervised(student=create(teacher)).to(device)
-        iterations = sum(scale**2 * count for scale, count in inversion.preset(parameters["preset"]).stages)
+        iterations = sum(scale**2 * each for scale, each in inversion.preset(parameters["preset"]).stages)
         making = iterations * count * _timed(lambda: forward(inverted).backward(), device)
     per_epoch = count * _timed(step, device) + len(images.val) * _timed(torch.no_grad()(forward), device)
     return (making + plan.epochs * per_epoch) / batch
