@@ -33,7 +33,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         size = {"num_classes": len(images.classes), "img_size": parameters["image_size"]}
         return models.create(of["network"], **size, **of["network_options"]).to(device, memory_format=torch.channels_last)
 
-    if teacher is None and parameters.get("teacher_pretrained"):
+    if teacher is None and "teacher_network" in parameters:  # the notebook has its own
         teacher = {"network": parameters["teacher_network"], "network_options": {}}
     task = Supervised(student=create(parameters)).to(device)
     expert = None if teacher is None else Teacher(create(teacher), task.student).to(device)

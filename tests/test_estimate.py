@@ -93,8 +93,10 @@ def test_images_that_a_teacher_makes_count_with_the_time_of_making_them(timed):
     assert estimate.seconds(data_free, expert) == pytest.approx((225 * 80 * 3 + 3 * (80 * 1 + 60 * 3)) / 8)
 
 
-def test_a_pretrained_teacher_is_asked_too(timed, monkeypatch):
+def test_a_notebooks_own_teacher_is_asked_too(timed, monkeypatch):
     asked = []
     monkeypatch.setattr(estimate, "Teacher", lambda network, student: asked.append(network.creation["name"]) or network)
-    estimate.seconds(PARAMETERS | {"teacher_pretrained": True, "teacher_network": "resnet10t"})
-    assert asked == ["resnet10t"]
+    own = PARAMETERS | {"teacher_network": "resnet10t"}
+    estimate.seconds(own)
+    estimate.seconds(own | {"per_class": 8, "preset": "small"})
+    assert asked == ["resnet10t", "resnet10t"]
