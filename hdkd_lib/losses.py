@@ -26,9 +26,11 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(student, teacher.argmax(1))
 
 
-def logit_distillation(student: Tensor, teacher: Tensor, *, kind: str, tau: float = 1.0, reduction: str = "classes") -> Tensor:
-    """`kind` "soft" or "hard"; the latter knows neither temperature nor reduction."""
-    if kind == "soft":
+def logit_distillation(
+    student: Tensor, teacher: Tensor, *, distill_type: str, tau: float = 1.0, reduction: str = "classes"
+) -> Tensor:
+    """`distill_type` "soft" or "hard"; the latter knows neither temperature nor reduction."""
+    if distill_type == "soft":
         return soft_distillation(student, teacher, tau=tau, reduction=reduction)
     return hard_distillation(student, teacher)
 

@@ -20,7 +20,8 @@ class Recipe:
         label_smoothing: mass spread over all classes in the cross-entropy with the labels.
         protocol: "honest", or "paper": the epoch is chosen on the test part, what is validation joins training, and the rate of
             each epoch is that of the epoch before, all as in HDKD's official code: its result is optimistic.
-        repeats: of each image in an epoch, of whose images only one in `repeats` is used then (repeated augmentation).
+        aug_repeats: augmented copies of each image per epoch; an epoch keeps its length, so it uses 1/`aug_repeats` of the
+            images (repeated augmentation, Hoffer et al. 2020).
     """
 
     epochs: int
@@ -37,7 +38,7 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
-    repeats: int = 1
+    aug_repeats: int = 1
     protocol: str = "honest"
 
     def __post_init__(self):
@@ -51,9 +52,9 @@ class Recipe:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)} (got {self.augment!r})")
         if self.imbalance not in IMBALANCE:
             raise ValueError(f"imbalance must be one of {', '.join(IMBALANCE)} (got {self.imbalance!r})")
-        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.label_smoothing < 1 or self.repeats < 1:
+        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.label_smoothing < 1 or self.aug_repeats < 1:
             raise ValueError(
-                f"mixup and cutmix must be at least 0, label_smoothing in [0, 1) and repeats at least 1 (got {self})"
+                f"mixup and cutmix must be at least 0, label_smoothing in [0, 1) and aug_repeats at least 1 (got {self})"
             )
 
 
@@ -85,7 +86,7 @@ DEIT = Recipe(
     mixup=0.8,
     cutmix=1.0,
     label_smoothing=0.1,
-    repeats=3,
+    aug_repeats=3,
 )
 # OUR CHOICE, for the nano networks and few epochs: a larger rate, annealed to near zero, one recipe for teacher and students.
 NANO = Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", min_lr=1e-5)
@@ -93,17 +94,19 @@ NANO = Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=
 RECIPES = {"hdkd_teacher": HDKD_TEACHER, "hdkd_student": HDKD_STUDENT, "deit": DEIT, "nano": NANO}
 
 
+# Of these, 0 and "" can only mean the recipe's own.
+KEPT = ("epochs", "batch_size", "optimizer", "lr", "schedule", "augment", "imbalance", "protocol")
 MIXING = {"none": {"mixup": 0.0, "cutmix": 0.0}, "deit": {"mixup": DEIT.mixup, "cutmix": DEIT.cutmix}}
 
 
 def get(name: str, *, mixing: str = "", **changes) -> Recipe:
-    """The recipe of that name; changes that are 0 or "" keep its value (a notebook's parameters cannot be None).
+    """The recipe of that name with some fields changed; of those that cannot be 0 or "", these keep the recipe's value.
 
     Args:
         mixing: "none" or "deit" (its mixup and cutmix); "" keeps the recipe's.
 
     Raises:
-        ValueError: unknown name (the nearest is suggested), or a value out of range.
+        ValueError: unknown name or field (the nearest is suggested), or a value out of range.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
@@ -112,4 +115,9 @@ def get(name: str, *, mixing: str = "", **changes) -> Recipe:
         )
     if mixing and mixing not in MIXING:
         raise ValueError(f"mixing must be one of {', '.join(MIXING)} (got {mixing!r})")
-    return replace(RECIPES[name], **{key: value for key, value in changes.items() if value}, **MIXING.get(mixing, {}))
+    for key in changes:
+        if key not in Recipe.__dataclass_fields__:
+            near = difflib.get_close_matches(key, Recipe.__dataclass_fields__, n=1)
+            raise ValueError(f"a recipe has no field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    kept = {key for key in KEPT if key in changes and not changes[key]}
+    return replace(RECIPES[name], **{k: v for k, v in changes.items() if k not in kept}, **MIXING.get(mixing, {}))

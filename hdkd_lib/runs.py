@@ -4,7 +4,8 @@
     environment.json   where and with what it ran
     split.csv          id and part of every image used
     history.csv        one row per epoch
-    predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class
+    predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class;
+                       predictions_last.csv: weights of the last epoch
     best.safetensors, last.safetensors   weights of the best validation epoch and of the last
     checkpoint.pt      while it runs: all that is needed to go on
     run.ipynb          the executed notebook, where a plan ran it
@@ -120,6 +121,8 @@ class Run:
     @property
     def metrics(self) -> dict:
         """`best` and `last`: epoch, validation and test metrics; `seconds` of training, `parameters` of the student.
+
+        `last` has the accuracy on the training images, without augmentation, too.
 
         Raises:
             FileNotFoundError: the run is not finished.

@@ -49,10 +49,11 @@ def fit(
 ) -> Run:
     """Trains the task's student, measures it and returns the run; a finished one of the same configuration is not repeated.
 
-    The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best"; the test part
-    is touched once, at the end, with those weights and with the last ones. Each epoch draws its randomness from (seed, epoch)
-    alone, so an interrupted and resumed run ends with the weights of an uninterrupted one (bitwise on one CPU with one number
-    of threads). With `recipe.protocol` "paper" the test part chooses the epoch, by accuracy.
+    The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best". The test part
+    is touched once, at the end, with those weights and with the last ones; the predictions of both are kept. Each epoch draws
+    its randomness from (seed, epoch) alone, so an interrupted and resumed run ends with the weights of an uninterrupted one
+    (bitwise on one CPU with one number of threads). With `recipe.protocol` "paper" the test part chooses the epoch, by
+    accuracy.
 
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
@@ -166,7 +167,7 @@ def _train(
     mix = None
     if recipe.mixup or recipe.cutmix:
         mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-    order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.repeats}
+    order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.aug_repeats}
     order["shard"] = (rank, processes)
     undecayed = getattr(task.student, "no_weight_decay", set)()
     groups = param_groups_weight_decay(task.student, recipe.weight_decay, no_weight_decay_list=undecayed)
@@ -318,7 +319,7 @@ def _finish(
 ) -> None:
     """The one use of the test part."""
     measured = {}
-    for which in ("last", "best"):
+    for which, file in (("last", "predictions_last.csv"), ("best", "predictions.csv")):
         task.student.load_state_dict(load_file(run.path / f"{which}.safetensors"))
         probabilities = predict(task, data.test, precision=precision)
         measured[which] = {
@@ -326,10 +327,13 @@ def _finish(
             "val": metrics.classification(predict(task, data.val, precision=precision), data.val.labels),
             "test": metrics.classification(probabilities, data.test.labels),
         }
-    table = pd.DataFrame(probabilities.numpy(), columns=data.classes).round(6)
-    table.insert(0, "label", [data.classes[label] for label in data.test.labels])
-    table.insert(0, "id", data.test.ids)
-    write_atomically(run.path / "predictions.csv", lambda aside: table.to_csv(aside, index=False))
+        table = pd.DataFrame(probabilities.numpy(), columns=data.classes).round(6)
+        table.insert(0, "label", [data.classes[label] for label in data.test.labels])
+        table.insert(0, "id", data.test.ids)
+        write_atomically(run.path / file, lambda aside, table=table: table.to_csv(aside, index=False))
+        if which == "last":  # has it learned its images? In training it sees them augmented
+            fitted = predict(task, data.train, precision=precision).argmax(1) == data.train.labels
+            measured[which]["train"] = {"accuracy": round(fitted.float().mean().item(), 6)}
     seconds = sum(row["seconds"] for row in history)
     write_json(
         run.path / "metrics.json",

@@ -62,7 +62,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_decisions(case):
 @given(cases())
 def test_logit_distillation_is_the_kind_that_is_asked_for(case):
     student, teacher, tau, reduction = case
-    soft, hard = (logit_distillation(student, teacher, kind=k, tau=tau, reduction=reduction) for k in ("soft", "hard"))
+    soft, hard = (logit_distillation(student, teacher, distill_type=k, tau=tau, reduction=reduction) for k in ("soft", "hard"))
     assert soft == soft_distillation(student, teacher, tau=tau, reduction=reduction)
     assert hard == hard_distillation(student, teacher)
 

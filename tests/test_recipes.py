@@ -7,7 +7,7 @@ from hdkd_lib.recipes import Recipe
 
 
 def test_hdkds_recipes_are_those_of_the_official_code():
-    shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "repeats": 1}
+    shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "aug_repeats": 1}
     shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest"}
     assert asdict(recipes.get("hdkd_teacher")) == {
         **shared,
@@ -25,7 +25,7 @@ def test_deits_recipe_is_that_of_its_code():
     assert asdict(recipes.get("deit")) == {
         **{"epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine"},
         **{"min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-6, "augment": "deit", "imbalance": "none"},
-        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "repeats": 3, "protocol": "honest"},
+        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "aug_repeats": 3, "protocol": "honest"},
     }
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
         ({"cutmix": -1}, "mixup and cutmix must be at least 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing in \[0, 1\)"),
         ({"label_smoothing": -0.1}, r"label_smoothing in \[0, 1\)"),
-        ({"repeats": 0}, "repeats at least 1"),
+        ({"aug_repeats": 0}, "aug_repeats at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(changes, message):

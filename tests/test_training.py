@@ -557,7 +557,7 @@ def test_mixup_and_cutmix_mix_an_images_labels_as_they_mix_its_pixels(name, repe
     colours = (torch.arange(10, dtype=torch.uint8) * 25)[digits.train.labels].view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
     data, task = replace(digits, train=replace(digits.train, images=colours.contiguous())), alone()
     seen = watched(task)
-    fit(task, data, replace(SHORT, epochs=1, batch_size=16, repeats=repeats, **{name: 1.0}), tmp_path, **ON_CPU)
+    fit(task, data, replace(SHORT, epochs=1, batch_size=16, aug_repeats=repeats, **{name: 1.0}), tmp_path, **ON_CPU)
     assert {len(images) for images, _ in seen} == {16, 8}
     cfg = task.student.pretrained_cfg
     mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -571,7 +571,7 @@ def test_mixup_and_cutmix_mix_an_images_labels_as_they_mix_its_pixels(name, repe
 def test_a_third_of_the_images_comes_three_times_in_an_epoch(alone, digits, tmp_path):
     task = alone()
     seen = watched(task)
-    fit(task, digits, replace(SHORT, epochs=1, repeats=3), tmp_path, **ON_CPU)
+    fit(task, digits, replace(SHORT, epochs=1, aug_repeats=3), tmp_path, **ON_CPU)
     counts = Counter(image.numpy().tobytes() for images, _ in seen for image in images)
     assert sorted(counts.values()) == [3] * 40
 
@@ -716,10 +716,10 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "method", "arguments"),
     [
-        ("imagenet_cskd_tiny", CSKD, ("kind", "schedule")),
-        ("imagenet_cskd_small", CSKD, ("kind", "schedule")),
-        ("imagenet_cskd_base", CSKD, ("kind", "schedule")),
-        ("imagenet_dearkd_tiny", DearKD, ("taps", "stage1_fraction")),
+        ("imagenet_cskd_tiny", CSKD, {"distill_type": "kind", "schedule": "schedule"}),
+        ("imagenet_cskd_small", CSKD, {"distill_type": "kind", "schedule": "schedule"}),
+        ("imagenet_cskd_base", CSKD, {"distill_type": "kind", "schedule": "schedule"}),
+        ("imagenet_dearkd_tiny", DearKD, {"taps": "taps", "distill_until": "stage1_fraction"}),
     ],
 )
 def test_the_imagenet_plans_start_on_files_in_several_processes(plan, method, arguments, build, tmp_path):
@@ -736,11 +736,13 @@ def test_the_imagenet_plans_start_on_files_in_several_processes(plan, method, ar
     where = {"image_size": chosen["image_size"], "protocol": chosen["protocol"], "from_files": True}
     images = hdkd_data.load("folder", tmp_path / "images", **where)
     student = build(chosen["network"], num_classes=3, depth=4, **chosen["network_options"])
-    task = method(student=student, teacher=build("resnet10t", num_classes=3), **{key: chosen[key] for key in arguments})
+    task = method(
+        student=student, teacher=build("resnet10t", num_classes=3), **{name: chosen[key] for name, key in arguments.items()}
+    )
     own = {key: chosen[key] for key in ("lr", "augment")}
     recipe = recipes.get(chosen["recipe"], epochs=1, batch_size=len(images.train) // 2 // 4 * 4, **own)
     run = fit(task, images, recipe, tmp_path / "run", **ON_CPU, num_processes=2)
-    assert (run.config["recipe"]["repeats"], run.config["recipe"]["mixup"]) == (3, 0.8)
+    assert (run.config["recipe"]["aug_repeats"], run.config["recipe"]["mixup"]) == (3, 0.8)
     own_term = {CSKD: "train_spatial_loss", DearKD: "train_hidden_loss"}[method]
     assert {"train_class_loss", "train_distillation_loss", own_term} <= set(run.history)
     assert run.environment["processes"] == 2

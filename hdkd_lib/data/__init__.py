@@ -1,6 +1,7 @@
 """Images, splits and batches. `load` is all that a notebook needs."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 
 from hdkd_lib.data.batches import Files, Part, Rows
-from hdkd_lib.data.cache import Signatures, decode
+from hdkd_lib.data.cache import Signatures, decode, remembered
 from hdkd_lib.data.sources import Source, open_source
-from hdkd_lib.data.splits import group_images, split
+from hdkd_lib.data.splits import RULE, group_images, split
 
 if TYPE_CHECKING:  # `load` imports it when needed: it is a program too, which must not be imported before it runs
     from hdkd_lib.data.leakage import Audit
@@ -85,6 +86,9 @@ def load(
     protocol: str = "grouped",
     fold: int = 0,
     fraction: float = 1.0,
+    draws: int = 0,
+    draw: int = 0,
+    val_per_class: int = 50,
     split_seed: int = 0,
     on_corrupt: str = "raise",
     from_files: bool | None = None,
@@ -99,6 +103,8 @@ def load(
         protocol: "grouped" (no lesion and no picture is on two sides), "official" or "random"; see `splits.split`.
         fold: which of the five folds is the test part.
         fraction: of the training part, by class, nested.
+        draws, draw, val_per_class: train on the `draw`-th of so many disjoint training sets, less the validation part of so
+            many images of each class that all of them share; see `splits.split`. 0: on the whole training part.
         on_corrupt: "raise" (all images that cannot be decoded are named) or "skip" (they are counted in the card).
         from_files: read the image files anew in every epoch, with crops that keep the aspect, instead of decoding them once;
             they are not audited, so the protocol is "official". Default: where they would fill more than 64 GiB.
@@ -123,7 +129,8 @@ def load(
         from hdkd_lib.data import leakage
 
         audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
-    index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed)
+    drawn = {"draws": draws, "draw": draw, "val_per_class": val_per_class} if draws else {"draw": draw}
+    index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed, **drawn)
     groups = group_images(np.arange(len(source.ids)) if audit is None else audit.pictures, source.groups)
 
     store = None if from_files else torch.from_numpy(images)  # one for all parts: processes share it as one
@@ -135,7 +142,8 @@ def load(
 
     parts = {name: part(chosen) for name, chosen in index.items()}
     named = source.groups or [""] * len(source.ids)
-    content = sorted(f"{h}{label}{g}" for h, label, g in zip(_identity(source, signatures), source.labels, named, strict=True))
+    identity = [f"{h}{label}{g}" for h, label, g in zip(_identity(source, signatures), source.labels, named, strict=True)]
+    sides = [f"{side}:{identity[i]}" for side, chosen in index.items() for i in chosen]
     return Data(
         **parts,
         classes=source.classes,
@@ -146,15 +154,22 @@ def load(
             "protocol": protocol,
             "fold": fold,
             "fraction": fraction,
+            **(drawn if draws else {}),
             "split_seed": split_seed,
             "from_files": from_files,
             "classes": source.classes,
-            "content": hashlib.sha256("".join(content).encode()).hexdigest()[:16],
+            "content": _digest(identity),
+            "split": _digest(sides),
         },
         source=source,
         signatures=signatures,
         audit=audit,
     )
+
+
+def _digest(lines: list[str]) -> str:
+    """A hash of the lines, in whatever order."""
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def _identity(source: Source, signatures: Signatures | None) -> np.ndarray:
@@ -163,9 +178,25 @@ def _identity(source: Source, signatures: Signatures | None) -> np.ndarray:
 
 
 def _split(source: Source, signatures: Signatures | None, audit: "Audit | None", **options) -> dict[str, np.ndarray]:
-    return split(
-        source.labels, _identity(source, signatures), pictures=audit and audit.pictures, groups=source.groups,
-        parts=source.parts, classes=source.classes, **options,
+    """`splits.split`, remembered beside the decoded images by all that decides it."""
+    pictures = None if audit is None else audit.pictures
+    decisive = [
+        RULE,
+        options,
+        source.classes,
+        source.groups,
+        source.parts,
+        source.labels.tolist(),
+        pictures if pictures is None else pictures.tolist(),
+    ]
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return remembered(
+        signatures and signatures.folder,
+        f"split-{key}",
+        lambda: split(
+            source.labels, _identity(source, signatures), pictures=pictures, groups=source.groups, parts=source.parts,
+            classes=source.classes, **options,
+        ),
     )  # fmt: skip
 
 

@@ -137,7 +137,27 @@ class DeiT(Augmentation):
         return RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
 
 
-AUGMENTATIONS = {"none": Augmentation, "hdkd": HDKD, "deit": DeiT}
+class FlipShift(Augmentation):
+    """For photographs of 32 pixels or so: a shift by up to 4 pixels in each direction, zeros outside, and a horizontal flip
+    with probability .5; He et al. 2016 (arXiv 1512.03385), section 4.2.
+    """
+
+    reach = 4
+
+    def draw(self, count: int) -> dict[str, Tensor]:
+        return {"shift": torch.randint(-self.reach, self.reach + 1, (count, 2)), "flip": _coin(count)}
+
+    def apply(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        (height, width), edge = images.shape[2:], self.reach
+        shift, flip = (drawn[name].to(images.device, non_blocking=images.is_cuda) for name in ("shift", "flip"))
+        row = torch.arange(edge, edge + height, device=images.device) - shift[:, :1]
+        column = torch.arange(edge, edge + width, device=images.device) - shift[:, 1:]
+        column = torch.where(flip[:, None], column.flip(1), column)
+        index = (row[:, :, None] * (width + 2 * edge) + column[:, None, :]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+        return F.pad(images, (edge,) * 4).flatten(2).gather(2, index).view_as(images).float().div_(255)
+
+
+AUGMENTATIONS = {"none": Augmentation, "flip_shift": FlipShift, "hdkd": HDKD, "deit": DeiT}
 
 # timm's increasing operations: x (B, 3, H, W) in [0, 1], level in [0, 1] and sign -1 or 1, both (B, 1, 1, 1).
 RANDAUGMENT = (

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ class Signatures:
         thumbnails: (N, 32, 32) uint8, grey.
         colours: (N, 8, 8, 3) uint8, RGB.
         sizes: (N, 2) width and height in pixels.
+        folder: where the cache keeps them and what is computed from them (`remembered`), or None.
     """
 
     hashes: np.ndarray
@@ -34,6 +36,7 @@ class Signatures:
     thumbnails: np.ndarray
     colours: np.ndarray
     sizes: np.ndarray
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -68,9 +71,32 @@ def decode(source: Source, image_size: int, *, on_corrupt: str = "raise") -> tup
         source = source.take(np.setdiff1d(np.arange(len(source.ids)), list(broken)))
         source = replace(source, card=source.card | {"corrupt_files": len(broken)})
     with np.load(folder / "signatures.npz") as stored:
-        signatures = Signatures(**stored)
+        signatures = Signatures(**stored, folder=folder)
     shape = (len(signatures), 3, image_size, image_size)
     return source, np.memmap(folder / "images.uint8", np.uint8, "c", shape=shape), signatures
+
+
+def remembered(folder: Path | None, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `compute` gives, from `folder`/NAME.npz if they were computed before; a folder of None keeps nothing.
+
+    Raises:
+        OSError: the cache's disk is full or read-only.
+    """
+    if folder is None:
+        return compute()
+    file = folder / f"{name}.npz"
+    if not file.exists():
+        arrays = compute()
+        aside = file.with_name(f".{name}.{os.getpid()}.npz")
+        try:
+            np.savez(aside, **arrays)
+            aside.replace(file)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise OSError(f"cannot write {file}: {error}; free some space or set HDKD_CACHE to another disk") from error
+        return arrays
+    with np.load(file) as stored:
+        return dict(stored)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -106,9 +132,9 @@ def _content(source: Source) -> str:
         total.update(str(source.images.shape).encode())
         total.update(np.ascontiguousarray(source.images))
     else:
-        with ThreadPoolExecutor() as pool:
-            for digest in pool.map(lambda path: hashlib.sha1(path.read_bytes()).digest(), source.images):
-                total.update(digest)
+        for path in source.images:  # threads would be slower: most files are small, and the interpreter's lock is passed on
+            with open(path, "rb", buffering=0) as file:
+                total.update(hashlib.sha1(file.readall()).digest())
     return total.hexdigest()[:16]
 
 

@@ -30,9 +30,7 @@ def unpack(archive: Path) -> Path:
         ValueError: it is damaged, or a file in it would land outside of the folder.
         OSError: the disk is full.
     """
-    stat = archive.stat()
-    key = hashlib.sha256(f"{archive.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_dir() / f"archive-{archive.name.split('.')[0]}-{key}"
+    folder = _unpacked(archive)
     if not folder.exists():
         with built_aside(folder, f"extract {archive}") as aside:
             try:
@@ -52,6 +50,13 @@ def unpack(archive: Path) -> Path:
             except DAMAGE as error:
                 raise ValueError(f"{archive} is damaged ({error}); get it again") from error
     return folder
+
+
+def _unpacked(archive: Path) -> Path:
+    """Where in the cache the archive's files are, once they were extracted."""
+    stat = archive.stat()
+    key = hashlib.sha256(f"{archive.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return cache_dir() / f"archive-{archive.name.split('.')[0]}-{key}"
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def images_in(directory: Path) -> tuple[list[Path], int]:
         raise OSError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     files = [Path(d, name) for d, _, names in os.walk(directory, onerror=unreadable) for name in names if name[0] != "."]
-    images = sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.parts)
     return images, len(files) - len(images)
 
 
@@ -124,6 +129,8 @@ def find(root: Path | None, alternatives: list[tuple[str, ...]], dataset: str, o
             return place
     own = [d for d in inside if d.name.startswith(dataset)]
     for archive in by_name([a for place in (root, *own) for a in place.iterdir() if is_archive(a)]):
+        if any(holds(place) for place in (_unpacked(archive), *_unpacked(archive).glob("*/"))):  # quicker than its listing
+            return find(_unpacked(archive), alternatives, dataset, obtain)
         listing = "\n".join(_members(archive))
         if any(all(name.strip("*") in listing for name in names) for names in alternatives):
             return find(unpack(archive), alternatives, dataset, obtain)

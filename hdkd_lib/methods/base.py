@@ -93,10 +93,22 @@ class Teacher(nn.Module):
 
 
 class Distillation(Method):
-    """A method with a teacher. The teacher's classes must be the student's."""
+    """A method with a teacher, whose classes must be the student's.
 
-    def __init__(self, *, student: nn.Module, teacher: nn.Module):
+    Args:
+        distill_until: share of training, in [0, 1], after which the teacher stops: from the first epoch that begins there or
+            later, both heads learn from the labels (`label_terms`) and the teacher does not run; 1: it teaches to the end.
+            DearKD's second stage [paper], offered to every method (OUR CHOICE).
+
+    Raises:
+        ValueError: an argument is out of range, the networks differ in classes, or the teacher's head is random.
+    """
+
+    def __init__(self, *, student: nn.Module, teacher: nn.Module, distill_until: float = 1.0):
         super().__init__(student=student)
+        if not 0 <= distill_until <= 1:
+            raise ValueError(f"distill_until must be in [0, 1] (got {distill_until})")
+        self.distill_until = distill_until
         if teacher.num_classes != student.num_classes:
             raise ValueError(
                 f"the teacher has {teacher.num_classes} classes and the student {student.num_classes}; "
@@ -111,23 +123,39 @@ class Distillation(Method):
             )
         self.teacher = Teacher(teacher, student)
 
-    def set_logit_distillation(self, *, kind: str, alpha: float, tau: float, reduction: str) -> None:
+    @property
+    def in_stage2(self) -> bool:
+        """Whether the teacher has stopped."""
+        return self.progress > self.distill_until - 1e-9 and self.distill_until < 1
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        # In stage II it is not asked: the device's memory is free for others.
+        self.teacher.to("cpu" if self.in_stage2 else next(self.student.parameters()).device)
+
+    def label_terms(self, class_logits: Tensor, distillation_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """`loss` and `class_loss` of stage II: (1 - alpha) CE(z_c, y) + alpha CE(z_d, y)."""
+        class_loss = self.cross_entropy(class_logits, target)
+        both = (1 - self.alpha) * class_loss + self.alpha * self.cross_entropy(distillation_logits, target)
+        return {"loss": both, "class_loss": class_loss}
+
+    def set_logit_distillation(self, *, distill_type: str, alpha: float, tau: float, reduction: str) -> None:
         """Keeps what `losses.logit_distillation` needs, and alpha, its weight against cross-entropy.
 
         Raises:
             ValueError: one of them is out of range.
         """
-        if kind not in ("soft", "hard"):
-            raise ValueError(f"kind must be 'soft' or 'hard' (got {kind!r})")
+        if distill_type not in ("soft", "hard"):
+            raise ValueError(f"distill_type must be 'soft' or 'hard' (got {distill_type!r})")
         if not 0 <= alpha <= 1 or tau <= 0:
             raise ValueError(f"alpha must be in [0, 1] and tau above 0 (got {alpha} and {tau})")
         if reduction not in ("classes", "batchmean"):
             raise ValueError(f"reduction must be 'classes' or 'batchmean' (got {reduction!r})")
-        self.kind, self.alpha, self.tau, self.reduction = kind, alpha, tau, reduction
+        self.distill_type, self.alpha, self.tau, self.reduction = distill_type, alpha, tau, reduction
 
     def logit_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Distillation of logits (B, C) by what was set."""
-        return logit_distillation(student, teacher, kind=self.kind, tau=self.tau, reduction=self.reduction)
+        return logit_distillation(student, teacher, distill_type=self.distill_type, tau=self.tau, reduction=self.reduction)
 
     def describe(self) -> dict:
         return {**super().describe(), "teacher": models.describe(self.teacher.network)}

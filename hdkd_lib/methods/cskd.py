@@ -61,14 +61,14 @@ def _pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     return maps if tuple(maps.shape[2:]) == grid else F.adaptive_avg_pool2d(maps, grid)
 
 
-def spatial_loss(patch_logits: Tensor, fused: Tensor, kind: str = "hard", tau: float = 1.0) -> Tensor:
+def spatial_loss(patch_logits: Tensor, fused: Tensor, distill_type: str = "hard", tau: float = 1.0) -> Tensor:
     """Distillation at every place: (N, K, h, w) of the student and (N, K, h', w') of the teacher -> scalar, mean over places.
 
     hard: cross-entropy with the argmax of `fused`; soft: tau^2 KL(fused || patch_logits) at temperature tau.
     """
     grid = meeting_grid(tuple(patch_logits.shape[2:]), tuple(fused.shape[2:]))
     rows = [_pool(logits, grid).movedim(1, 3).flatten(0, 2) for logits in (patch_logits, fused)]
-    return logit_distillation(*rows, kind=kind, tau=tau, reduction="batchmean")
+    return logit_distillation(*rows, distill_type=distill_type, tau=tau, reduction="batchmean")
 
 
 @torch.no_grad()
@@ -103,11 +103,12 @@ class CSKD(Distillation):
     Args:
         student: any timm vision transformer with patch tokens on a grid, or an HDKD student; best with a distillation token.
         teacher: any timm CNN.
-        kind: "hard" or "soft" distillation, of logits and places alike.
+        distill_type: "hard" or "soft" distillation, of logits and places alike.
         alpha: weight of logit distillation against cross-entropy, in [0, 1].
         tau: temperature of soft distillation.
         spatial_weight: weight of the spatial term, at least 0; 0 is DeiT's distillation.
         schedule: how the local responses' weight decays over training (`decay`).
+        distill_until: share of training after which the teacher stops (`Distillation`).
         prediction: 3 is the mean of class, distillation and averaged patch logits (official code), 2 leaves out the patches.
 
     Raises:
@@ -119,15 +120,16 @@ class CSKD(Distillation):
         *,
         student: nn.Module,
         teacher: nn.Module,
-        kind: str = "hard",
+        distill_type: str = "hard",
         alpha: float = 0.5,
         tau: float = 1.0,
         spatial_weight: float = 1.0,
         schedule: str = "linear",
         prediction: int = 3,
+        distill_until: float = 1.0,
     ):
-        super().__init__(student=student, teacher=teacher)
-        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction="batchmean")
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction="batchmean")
         decay(0.0, schedule)
         if spatial_weight < 0 or prediction not in (2, 3):
             raise ValueError(f"spatial_weight must be at least 0 and prediction 2 or 3 (got {spatial_weight} and {prediction})")
@@ -145,13 +147,16 @@ class CSKD(Distillation):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
     def settings(self) -> dict:
-        names = ("kind", "alpha", "tau", "spatial_weight", "schedule", "prediction")
+        names = ("distill_type", "alpha", "tau", "spatial_weight", "schedule", "prediction", "distill_until")
         return {name: getattr(self, name) for name in names}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         tokens = self.student.forward_features(images)
         logits = self.student.forward_head(tokens)
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        output = (class_logits + distillation_logits) / 2
+        if self.in_stage2:
+            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
         local, global_ = local_responses(self.teacher.network, self.teacher.prepare(images))
         if tuple(local.shape[2:]) == (1, 1):
             warnings.warn(
@@ -160,13 +165,13 @@ class CSKD(Distillation):
                 stacklevel=2,
             )
         fused = fuse(local, global_, decay(self.progress, self.schedule))
+        patch_logits = self.patch_logits(tokens, images, tuple(local.shape[2:]))
         terms = {
             "class_loss": self.cross_entropy(class_logits, target),
             "distillation_loss": self.logit_loss(distillation_logits, global_),
-            "spatial_loss": spatial_loss(self.patch_logits(tokens, images, tuple(local.shape[2:])), fused, self.kind, self.tau),
+            "spatial_loss": spatial_loss(patch_logits, fused, self.distill_type, self.tau),
         }
         loss = (1 - self.alpha) * terms["class_loss"] + self.alpha * terms["distillation_loss"]
-        output = (class_logits + distillation_logits) / 2
         return {"loss": loss + self.spatial_weight * terms["spatial_loss"], "output": output, **terms}
 
     def patch_logits(self, tokens: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:

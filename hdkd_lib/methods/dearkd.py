@@ -54,12 +54,12 @@ class DearKD(Distillation):
     Args:
         student: any timm vision transformer; best one with convolutional attention, such as dearkd_tiny_patch16_224.
         teacher: any timm CNN that has the strides of the taps.
-        kind: "hard" or "soft" distillation of logits; soft divides the KL divergence by B.
+        distill_type: "hard" or "soft" distillation of logits; soft divides the KL divergence by B.
         alpha: weight of the distillation token's loss against the class token's, in [0, 1].
         tau: temperature of soft distillation.
         hidden_weight: w, at least 0.
         taps: the student's block (from 0) -> the stride of the teacher's map that teaches it; {}: logits alone teach.
-        stage1_fraction: share of training after which stage II begins, in [0, 1]; 1: the teacher teaches to the end.
+        distill_until: share of training after which stage II begins (`Distillation`).
         stage2: which tokens learn from labels in stage II: "both" or the "class" token alone.
 
     Raises:
@@ -71,26 +71,25 @@ class DearKD(Distillation):
         *,
         student: nn.Module,
         teacher: nn.Module,
-        kind: str = "hard",
+        distill_type: str = "hard",
         alpha: float = 0.5,
         tau: float = 1.0,
         hidden_weight: float = 1.0,
         taps: Mapping[int, int] = {1: 4, 3: 8},
-        stage1_fraction: float = 5 / 6,
+        distill_until: float = 5 / 6,
         stage2: str = "both",
     ):
-        super().__init__(student=student, teacher=teacher)
-        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction="batchmean")
-        if hidden_weight < 0 or not 0 <= stage1_fraction <= 1 or stage2 not in ("both", "class"):
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction="batchmean")
+        if hidden_weight < 0 or stage2 not in ("both", "class"):
             raise ValueError(
-                "hidden_weight must be at least 0, stage1_fraction in [0, 1] and stage2 'both' or 'class' "
-                f"(got {hidden_weight}, {stage1_fraction} and {stage2!r})"
+                f"hidden_weight must be at least 0 and stage2 'both' or 'class' (got {hidden_weight} and {stage2!r})"
             )
         if not hasattr(student, "forward_intermediates") or not hasattr(student, "num_prefix_tokens"):
             raise ValueError(f"DearKD needs a vision transformer as student (got {type(student).__name__})")
         if hasattr(teacher, "num_prefix_tokens"):
             raise ValueError(f"DearKD needs a CNN as teacher, such as resnet18 (got {type(teacher).__name__}: it has tokens)")
-        self.hidden_weight, self.stage1_fraction, self.stage2 = hidden_weight, stage1_fraction, stage2
+        self.hidden_weight, self.stage2 = hidden_weight, stage2
         self.taps = {int(block): int(stride) for block, stride in sorted(taps.items(), key=lambda tap: int(tap[0]))}
         strides = [info["reduction"] for info in teacher.feature_info]
         self.teacher_maps: list[int] = []  # their numbers, by tap
@@ -111,22 +110,12 @@ class DearKD(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether stage II has begun."""
-        return self.progress > self.stage1_fraction - 1e-9 and self.stage1_fraction < 1
-
-    def set_progress(self, progress: float) -> None:
-        super().set_progress(progress)
-        # In stage II it is not asked: the device's memory is free for others.
-        self.teacher.to("cpu" if self.is_alone else next(self.student.parameters()).device)
-
     def settings(self) -> dict:
-        names = ("kind", "alpha", "tau", "hidden_weight", "stage1_fraction", "stage2")
+        names = ("distill_type", "alpha", "tau", "hidden_weight", "distill_until", "stage2")
         return {name: getattr(self, name) for name in names} | {"taps": {str(b): stride for b, stride in self.taps.items()}}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if self.is_alone:
+        if self.in_stage2:
             tokens = self.student.forward_features(images)
         else:
             tokens, hidden = self.student.forward_intermediates(images, list(self.taps) or [0])
@@ -136,11 +125,10 @@ class DearKD(Distillation):
         terms = {"output": (class_logits + distillation_logits) / 2, "class_loss": class_loss}
         if self.attentions:
             terms["gate"] = torch.stack([attention.gate.detach().sigmoid().mean() for attention in self.attentions]).mean()
-        if self.is_alone:
+        if self.in_stage2:
             if self.stage2 == "class":
                 return {"loss": class_loss, **terms}
-            both = (1 - self.alpha) * class_loss + self.alpha * self.cross_entropy(distillation_logits, target)
-            return {"loss": both, **terms}
+            return {**terms, **self.label_terms(class_logits, distillation_logits, target)}
         teacher_logits, maps = self.lesson(images)
         terms["distillation_loss"] = self.logit_loss(distillation_logits, teacher_logits)
         loss = (1 - self.alpha) * class_loss + self.alpha * terms["distillation_loss"]

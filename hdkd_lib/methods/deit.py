@@ -21,10 +21,11 @@ class DeiT(Distillation):
     Args:
         student: any timm network; with `set_distilled_training`, such as deit_tiny_distilled_patch16_224, its distillation
             token learns from the teacher.
-        kind: "hard" or "soft" distillation.
+        distill_type: "hard" or "soft" distillation.
         alpha: weight of distillation against cross-entropy, in [0, 1].
         tau: temperature of soft distillation.
         reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
+        distill_until: share of training after which the teacher stops (`Distillation`).
 
     Raises:
         ValueError: an argument is out of range.
@@ -35,28 +36,32 @@ class DeiT(Distillation):
         *,
         student: nn.Module,
         teacher: nn.Module,
-        kind: str = "hard",
+        distill_type: str = "hard",
         alpha: float = 0.5,
         tau: float = 1.0,
         reduction: str = "classes",
+        distill_until: float = 1.0,
     ):
-        super().__init__(student=student, teacher=teacher)
-        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction=reduction)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction=reduction)
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
     def settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("kind", "alpha", "tau", "reduction")}
+        return {name: getattr(self, name) for name in ("distill_type", "alpha", "tau", "reduction", "distill_until")}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.student(images)
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        output = (class_logits + distillation_logits) / 2
+        if self.in_stage2:
+            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
         teacher_logits, _ = self.teacher(images)
         class_loss = self.cross_entropy(class_logits, target)
         distillation = self.logit_loss(distillation_logits, teacher_logits)
         return {
             "loss": (1 - self.alpha) * class_loss + self.alpha * distillation,
-            "output": (class_logits + distillation_logits) / 2,
+            "output": output,
             "class_loss": class_loss,
             "distillation_loss": distillation,
         }

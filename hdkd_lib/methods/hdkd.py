@@ -38,7 +38,7 @@ class HDKD(Distillation):
         student: `hdkd_student_distilled`, or `hdkd_student`, whose class token then learns from labels and teacher alike
             (OUR CHOICE: the paper's student has a distillation token).
         teacher: a network whose chosen stages have the student's shapes, such as `hdkd_teacher`.
-        kind: "soft" or "hard" logit distillation.
+        distill_type: "soft" or "hard" logit distillation.
         alpha: weight of distillation against cross-entropy, in [0, 1]; 0: features alone teach.
         tau: temperature of soft distillation.
         feature_weight: lambda, at least 0.
@@ -48,6 +48,7 @@ class HDKD(Distillation):
         reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
         prediction: weight of the distillation head in the prediction, in [0, 1]: 0 is the class head alone, .5 the mean (the
             official code). At alpha = 0 nothing trains that head and it is left out.
+        distill_until: share of training after which the teacher stops (`Distillation`).
         projection: whether a 1x1 convolution, trained along, takes the student's maps to the widths of a teacher with other
             stages, compared at equal strides (OUR CHOICE; the paper's point is that none is needed).
 
@@ -60,7 +61,7 @@ class HDKD(Distillation):
         *,
         student: nn.Module,
         teacher: nn.Module,
-        kind: str = "soft",
+        distill_type: str = "soft",
         alpha: float = 0.5,
         tau: float = 1.0,
         feature_weight: float = 10.0,
@@ -70,9 +71,10 @@ class HDKD(Distillation):
         reduction: str = "classes",
         prediction: float = 0.5,
         projection: bool = False,
+        distill_until: float = 1.0,
     ):
-        super().__init__(student=student, teacher=teacher)
-        self.set_logit_distillation(kind=kind, alpha=alpha, tau=tau, reduction=reduction)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction=reduction)
         if stage_weighting not in ("index", "number"):
             raise ValueError(f"stage_weighting must be 'index' or 'number' (got {stage_weighting!r})")
         if not 0 <= prediction <= 1 or feature_weight < 0:
@@ -121,15 +123,26 @@ class HDKD(Distillation):
                     module.momentum = 1 - 0.9**runs
 
     def settings(self) -> dict:
-        names = ("kind", "alpha", "tau", "feature_weight", "stage_exponent", "stage_weighting", "reduction", "prediction")
-        return {name: getattr(self, name) for name in (*names, "projection")} | {"stages": list(self.stages)}
+        names = (
+            "distill_type",
+            "alpha",
+            "tau",
+            "feature_weight",
+            "stage_exponent",
+            "stage_weighting",
+            "reduction",
+            "prediction",
+        )
+        return {name: getattr(self, name) for name in (*names, "projection", "distill_until")} | {"stages": list(self.stages)}
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         indices = [stage - 1 for stage in self.stages]
         tokens, student_maps = self.student.forward_intermediates(images, indices or [0])
-        teacher_logits, teacher_maps = self.teacher(images, self.teacher_stages)
         class_logits, distillation_logits = self._heads(tokens)
-
+        output = self._prediction(class_logits, distillation_logits)
+        if self.in_stage2:
+            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
+        teacher_logits, teacher_maps = self.teacher(images, self.teacher_stages)
         distillation = self.logit_loss(distillation_logits, teacher_logits)
         logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
         features = logit_loss.new_zeros(())
@@ -140,7 +153,7 @@ class HDKD(Distillation):
             features = feature_loss(teacher_maps, projected, numbers=numbers, exponent=self.stage_exponent)
         return {
             "loss": logit_loss + self.feature_weight * features,
-            "output": self._prediction(class_logits, distillation_logits),
+            "output": output,
             "logit_loss": logit_loss,
             "feature_loss": features,
         }

@@ -23,8 +23,8 @@ def main() -> None:
 
     teacher = models.create("resnet18", num_classes=1000)
     tasks = {
-        "stage_1": DearKD(student=student(), teacher=teacher, stage1_fraction=1.0),
-        "stage_2": DearKD(student=student(), teacher=teacher, stage1_fraction=0.0),
+        "stage_1": DearKD(student=student(), teacher=teacher, distill_until=1.0),
+        "stage_2": DearKD(student=student(), teacher=teacher, distill_until=0.0),
         "alone": Supervised(student=student()),
         "alone_add": Supervised(student=student(conv_mode="add")),
         "alone_plain": Supervised(student=student(conv_blocks=0)),

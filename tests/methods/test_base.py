@@ -68,7 +68,7 @@ def test_a_description_is_plain_and_tells_settings_student_and_teacher(build):
     task = HDKD(student=build(), teacher=build("hdkd_teacher_nano"), alpha=0.25, stages=(1, 2))
     description = json.loads(json.dumps(task.describe()))
     assert description == {
-        **{"name": "HDKD", "kind": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0, "stage_exponent": 1.0},
+        **{"name": "HDKD", "distill_type": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0, "stage_exponent": 1.0},
         **{"reduction": "classes", "stages": [1, 2], "stage_weighting": "index", "prediction": 0.5, "projection": False},
         "student": {"name": "hdkd_student_distilled_nano", "num_classes": 10, "img_size": 16},
         "teacher": {"name": "hdkd_teacher_nano", "num_classes": 10, "img_size": 16},
@@ -133,7 +133,7 @@ def test_every_method_uses_the_weighted_and_smoothed_cross_entropy(name, is_soft
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("method", [HDKD, DeiT])
 def test_class_weights_do_not_reach_distillation(method, kind, build, batch):
-    task = method(student=build(), teacher=build("hdkd_teacher_nano", seed=7), kind=kind, alpha=1.0).eval()
+    task = method(student=build(), teacher=build("hdkd_teacher_nano", seed=7), distill_type=kind, alpha=1.0).eval()
     before = task(*batch)["loss"]
     task.class_weights, task.label_smoothing = WEIGHTS, 0.1
     assert_close(task(*batch)["loss"], before)

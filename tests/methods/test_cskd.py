@@ -213,7 +213,7 @@ def test_one_cell_is_warned_of_and_tokens_of_teachers_are_refused():
         ({"spatial_weight": -1.0}, "spatial_weight must be at least 0"),
         ({"prediction": 4}, "prediction 2 or 3"),
         ({"alpha": 2.0}, "alpha must be in"),
-        ({"kind": "medium"}, "kind must be"),
+        ({"distill_type": "medium"}, "distill_type must be"),
         ({"student": "resnet10t"}, "needs a student with patch tokens"),
         ({"student": "vit_tiny_patch16_224"}, "patch dropout leaves holes"),
         ({"teacher": "classes"}, "the teacher has 5 classes and the student 4"),

@@ -88,7 +88,7 @@ def divergence(teacher, student, tau):
 @pytest.mark.parametrize("taps", [{1: 4, 3: 8}, {0: 16}])
 def test_the_loss_of_stage_1_is_its_formula(kind, taps, small_batch, caught):
     images, labels = small_batch[0].double(), small_batch[1]
-    task = dearkd(kind=kind, alpha=0.3, tau=2.0, hidden_weight=0.7, taps=taps).double().train()
+    task = dearkd(distill_type=kind, alpha=0.3, tau=2.0, hidden_weight=0.7, taps=taps).double().train()
     layers = {4: task.teacher.network.layer1, 8: task.teacher.network.layer2, 16: task.teacher.network.layer3}
     tokens = {block: caught(task.student.blocks[block]) for block in taps}
     maps = {stride: caught(layers[stride]) for stride in taps.values()}
@@ -254,11 +254,11 @@ def test_taps_are_in_the_order_of_blocks_not_of_their_names():
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_without_taps_it_is_deits_distillation(kind, small_batch):
-    task = dearkd(taps={}, kind=kind, alpha=0.4).train()
+    task = dearkd(taps={}, distill_type=kind, alpha=0.4).train()
     result = task(*small_batch)
     assert "hidden_loss" not in result
     assert not len(task.auxiliary)
-    deit = DeiT(student=task.student, teacher=task.teacher.network, kind=kind, alpha=0.4, reduction="batchmean").train()
+    deit = DeiT(student=task.student, teacher=task.teacher.network, distill_type=kind, alpha=0.4, reduction="batchmean").train()
     assert_close(result["loss"], deit(*small_batch)["loss"])
 
 
@@ -301,34 +301,34 @@ def test_prediction_is_the_mean_of_both_heads(small_batch, caught):
 
 
 @pytest.mark.parametrize(
-    ("fraction", "progress", "is_alone"),
+    ("fraction", "progress", "in_stage2"),
     [(0.5, 0.0, False), (0.5, 0.49, False), (0.5, 0.5, True), (0.5, 0.99, True), (0.0, 0.0, True), (1.0, 0.999, False)],
 )
-def test_stage_2_begins_at_its_share_of_training(fraction, progress, is_alone, small_batch):
-    task = dearkd(stage1_fraction=fraction)
+def test_stage_2_begins_at_its_share_of_training(fraction, progress, in_stage2, small_batch):
+    task = dearkd(distill_until=fraction)
     task.set_progress(progress)
-    assert task.is_alone == is_alone
-    assert ("hidden_loss" in task(*small_batch)) == (not is_alone)
-    assert ("distillation_loss" in task(*small_batch)) == (not is_alone)
+    assert task.in_stage2 == in_stage2
+    assert ("hidden_loss" in task(*small_batch)) == (not in_stage2)
+    assert ("distillation_loss" in task(*small_batch)) == (not in_stage2)
 
 
-def test_a_task_without_stage_1_is_alone_before_its_first_epoch(small_batch):
-    assert "distillation_loss" not in dearkd(stage1_fraction=0.0)(*small_batch)
+def test_a_task_without_stage_1_in_stage2_before_its_first_epoch(small_batch):
+    assert "distillation_loss" not in dearkd(distill_until=0.0)(*small_batch)
 
 
 def test_stage_1_at_1_never_ends():
-    task = dearkd(stage1_fraction=1.0)
+    task = dearkd(distill_until=1.0)
     task.set_progress(1.0)
-    assert not task.is_alone
+    assert not task.in_stage2
 
 
 def test_five_sixths_of_300_epochs_end_at_epoch_250():
     task = dearkd()
-    assert task.stage1_fraction == 5 / 6
+    assert task.distill_until == 5 / 6
     alone = []
     for epoch in range(300):
         task.set_progress(epoch / 300)
-        alone.append(task.is_alone)
+        alone.append(task.in_stage2)
     assert alone == [False] * 250 + [True] * 50
 
 
@@ -340,11 +340,11 @@ def switching() -> DearKD:
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n))))
 def test_a_share_of_whole_epochs_ends_with_an_epoch(switching, share):
     k, n = share
-    switching.stage1_fraction = k / n
+    switching.distill_until = k / n
     switching.progress = k / n
-    assert switching.is_alone
+    assert switching.in_stage2
     switching.progress = (k - 1) / n
-    assert not switching.is_alone
+    assert not switching.in_stage2
 
 
 def unasked(*_, **__):
@@ -377,7 +377,7 @@ def test_in_stage_2_neither_teacher_nor_aligners_run(stage2, small_batch, monkey
 
 
 def test_in_stage_2_the_teacher_leaves_the_students_device(monkeypatch):
-    task = dearkd(stage1_fraction=0.5)
+    task = dearkd(distill_until=0.5)
     places = []
     task.student.to("meta")
     monkeypatch.setattr(task.teacher, "to", places.append)
@@ -398,8 +398,8 @@ def test_an_earlier_epoch_may_follow_a_later_one(small_batch):
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_without_weight_the_hidden_loss_leaves_deits_loss_and_gradients(kind, small_batch):
-    task = dearkd(kind=kind, hidden_weight=0.0, alpha=0.4, tau=3.0).train()
-    settings = {"kind": kind, "alpha": 0.4, "tau": 3.0, "reduction": "batchmean"}
+    task = dearkd(distill_type=kind, hidden_weight=0.0, alpha=0.4, tau=3.0).train()
+    settings = {"distill_type": kind, "alpha": 0.4, "tau": 3.0, "reduction": "batchmean"}
     deit = DeiT(student=copy.deepcopy(task.student), teacher=cnn(), **settings).train()
     losses = [t(*small_batch)["loss"] for t in (task, deit)]
     assert_close(*losses)
@@ -423,7 +423,7 @@ def make_task(build):
         "depth": 2,
         "conv_blocks": 1,
     }
-    settings = {"taps": {0: 4, 1: 8}, "stage1_fraction": 0.5}
+    settings = {"taps": {0: 4, 1: 8}, "distill_until": 0.5}
     return lambda seed=0: DearKD(
         student=build(**student, num_heads=3, seed=seed), teacher=build("hdkd_teacher_nano", seed=7), **settings
     )
@@ -445,7 +445,7 @@ def crosses_the_switch(history: pd.DataFrame) -> bool:
 def test_a_run_is_taught_first_and_then_alone(whole):
     run, task, _ = whole
     assert crosses_the_switch(run.history)
-    assert task.is_alone
+    assert task.in_stage2
     assert run.history.train_gate.between(0, 1).all()
     row = run.history.iloc[0]
     assert row.train_loss == pytest.approx((row.train_class_loss + row.train_distillation_loss) / 2 + row.train_hidden_loss)
@@ -537,20 +537,22 @@ def test_a_copy_of_a_task_is_a_task_of_its_own(way, make_task, batch):
 
 def test_the_description_is_plain_and_tells_tasks_apart():
     changes = [
-        {}, {"taps": {1: 4, 2: 8}}, {"taps": {1: 8, 3: 8}}, {"taps": {}}, {"stage1_fraction": 0.5}, {"stage2": "class"},
-        {"hidden_weight": 0.1}, {"alpha": 0.4}, {"tau": 2.0}, {"kind": "soft"}, {"student": vit(conv_mode="add")},
+        {}, {"taps": {1: 4, 2: 8}}, {"taps": {1: 8, 3: 8}}, {"taps": {}}, {"distill_until": 0.5}, {"stage2": "class"},
+        {"hidden_weight": 0.1}, {"alpha": 0.4}, {"tau": 2.0}, {"distill_type": "soft"}, {"student": vit(conv_mode="add")},
     ]  # fmt: skip
     described = [json.dumps(dearkd(**dict(change)).describe(), sort_keys=True) for change in changes]
     assert len(set(described)) == len(changes)
     plain = json.loads(described[0])
     assert plain["name"] == "DearKD"
-    assert (plain["taps"], plain["stage1_fraction"], plain["stage2"]) == ({"1": 4, "3": 8}, 5 / 6, "both")
+    assert (plain["taps"], plain["distill_until"], plain["stage2"]) == ({"1": 4, "3": 8}, 5 / 6, "both")
     assert plain["student"]["name"] == "dearkd_tiny_patch16_224"
     assert plain["teacher"]["name"] == "test_resnet"
 
 
 def test_a_task_can_be_made_again_from_its_settings():
-    task = dearkd(taps={3: 4, 1: 8}, stage1_fraction=0.25, kind="soft", tau=2.0, hidden_weight=3.0, stage2="class", alpha=0.1)
+    task = dearkd(
+        taps={3: 4, 1: 8}, distill_until=0.25, distill_type="soft", tau=2.0, hidden_weight=3.0, stage2="class", alpha=0.1
+    )
     settings = json.loads(json.dumps(task.settings()))
     assert dearkd(**settings).settings() == task.settings() == settings
 
@@ -562,12 +564,12 @@ def test_a_task_can_be_made_again_from_its_settings():
         ({"taps": {4: 8}}, "taps name block 4; the student has blocks 0 to 3"),
         ({"taps": {-1: 8}}, "taps name block -1; the student has blocks 0 to 3"),
         ({"hidden_weight": -0.1}, r"hidden_weight must be at least 0.*\(got -0.1, "),
-        ({"stage1_fraction": 1.1}, r"stage1_fraction in \[0, 1\].*1.1"),
-        ({"stage1_fraction": -0.1}, r"stage1_fraction in \[0, 1\].*-0.1"),
+        ({"distill_until": 1.1}, r"distill_until in \[0, 1\].*1.1"),
+        ({"distill_until": -0.1}, r"distill_until in \[0, 1\].*-0.1"),
         ({"stage2": "neither"}, "stage2 'both' or 'class'.*'neither'"),
         ({"alpha": 1.5}, "alpha must be in"),
         ({"tau": 0.0}, "tau above 0"),
-        ({"kind": "medium"}, "kind must be 'soft' or 'hard'"),
+        ({"distill_type": "medium"}, "distill_type must be 'soft' or 'hard'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(change, message):

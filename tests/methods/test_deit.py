@@ -50,7 +50,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_decisions(alpha, n
 
 @pytest.mark.parametrize(("reduction", "divisor"), [("classes", 80), ("batchmean", 8)])
 def test_soft_distillation_is_the_divergence_from_the_teacher_at_its_temperature(reduction, divisor, networks, batch):
-    task = DeiT(**networks, kind="soft", alpha=0.3, tau=3.0, reduction=reduction).train()
+    task = DeiT(**networks, distill_type="soft", alpha=0.3, tau=3.0, reduction=reduction).train()
     classes, distilled = heads(task.student, batch[0])
     p, q = ((logits / 3).log_softmax(1) for logits in (task.teacher(batch[0])[0], distilled))
     divergence = 9 * (p.exp() * (p - q)).sum() / divisor
@@ -70,7 +70,7 @@ def test_without_alpha_it_is_cross_entropy_of_the_class_head(networks, batch):
 
 
 def test_it_is_deits_own_setting_by_default(networks):
-    assert DeiT(**networks).settings() == {"kind": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "classes"}
+    assert DeiT(**networks).settings() == {"distill_type": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "classes"}
 
 
 def test_it_predicts_by_the_mean_of_both_heads(networks, batch):
@@ -101,7 +101,7 @@ def test_training_leaves_the_teacher_bitwise_as_it_was(networks, batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "medium"}, r"kind must be 'soft' or 'hard' \(got 'medium'\)"),
+        ({"distill_type": "medium"}, r"distill_type must be 'soft' or 'hard' \(got 'medium'\)"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\] and tau above 0 \(got -0.1 and 1.0\)"),
         ({"alpha": 1.1}, r"alpha must be in \[0, 1\] and tau above 0 \(got 1.1 and 1.0\)"),
         ({"tau": 0}, r"tau above 0 \(got 0.5 and 0\)"),

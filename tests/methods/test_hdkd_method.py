@@ -22,7 +22,7 @@ def networks(build):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_losses_and_gradients_are_the_official_codes(kind, golden, golden_network, golden_images, official_weights):
     expected = golden["values"][f"train_{kind}"]
-    task = HDKD(student=golden_network("distilled"), teacher=golden_network("teacher"), kind=kind).train()
+    task = HDKD(student=golden_network("distilled"), teacher=golden_network("teacher"), distill_type=kind).train()
     result = task(golden_images, torch.tensor([0, 1]))
     result["loss"].backward()
     for ours, official in (("loss", "total"), ("logit_loss", "logit_loss"), ("feature_loss", "feature_loss")):
@@ -50,7 +50,7 @@ def test_every_stage_of_both_networks_runs_once_a_step(networks, batch):
 
 def test_the_terms_add_up_as_the_paper_says(networks, batch):
     images, labels = batch
-    task = HDKD(**networks, kind="hard", alpha=0.3, feature_weight=2.5, stages=(2, 3), stage_exponent=2).eval()
+    task = HDKD(**networks, distill_type="hard", alpha=0.3, feature_weight=2.5, stages=(2, 3), stage_exponent=2).eval()
     result = task(images, labels)
     tokens, maps = networks["student"].forward_intermediates(images, [1, 2])
     features, teacher_maps = networks["teacher"].forward_intermediates(images, [1, 2])
@@ -116,9 +116,9 @@ def test_without_stages_only_logits_are_distilled_from_any_teacher(build, batch)
         ({"prediction": -0.1}, r"prediction must be in \[0, 1\] .* \(got -0.1 and 10.0\)"),
         ({"prediction": 1.1}, r"prediction must be in \[0, 1\] .* \(got 1.1 and 10.0\)"),
         ({"stage_weighting": "depth"}, r"stage_weighting must be 'index' or 'number' \(got 'depth'\)"),
-        ({"kind": "medium"}, "kind must be 'soft' or 'hard'"),
+        ({"distill_type": "medium"}, "distill_type must be 'soft' or 'hard'"),
         ({"tau": 0}, "tau above 0"),
-        ({"reduction": "mean", "kind": "hard"}, r"reduction must be 'classes' or 'batchmean' \(got 'mean'\)"),
+        ({"reduction": "mean", "distill_type": "hard"}, r"reduction must be 'classes' or 'batchmean' \(got 'mean'\)"),
         ({"feature_weight": -1}, "feature_weight at least 0"),
         ({"stages": (0, 1)}, "stages must be ascending numbers from 1 to 3"),
         ({"stages": (4,)}, "stages must be ascending numbers from 1 to 3"),
@@ -166,7 +166,7 @@ def test_the_prediction_weighs_the_distillation_head_where_it_is_trained(weight,
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_student_without_a_distillation_token_learns_all_by_its_class_token(kind, build, batch):
     student, teacher = build("hdkd_student_nano"), build("hdkd_teacher_nano", seed=7)
-    task = HDKD(student=student, teacher=teacher, kind=kind, alpha=0.3, tau=2.0).eval()
+    task = HDKD(student=student, teacher=teacher, distill_type=kind, alpha=0.3, tau=2.0).eval()
     result, logits, answers = task(*batch), student(batch[0]), teacher(batch[0])
     distillation = soft_distillation(logits, answers, tau=2.0) if kind == "soft" else F.cross_entropy(logits, answers.argmax(1))
     assert_close(result["logit_loss"], 0.7 * F.cross_entropy(logits, batch[1]) + 0.3 * distillation)
