@@ -1,14 +1,19 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
 # make test                           ruff, pytest, and every notebook against its committed outputs
 # make lab                            open the notebooks
-# make publish PLAN=...               copy a finished plan to results/published/
+# make publish PLAN=...               copy a finished plan to results/published/; PARTIAL=1: pack what is finished so far
+# make benchmark NAME=hdkd_step       time a step, or reading data (tests/benchmarks)
 # make notebooks                      execute every notebook at its defaults, in place
 PYTHON ?= python3
 PLAN ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test lab publish notebooks lock
+.PHONY: study dry-run test lab publish benchmark notebooks lock
+ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
+study lab benchmark: export MALLOC_MMAP_MAX_ = 0
+study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+endif
 
 study: .venv/installed
 	@$(BIN)/python study.py run $(PLAN) --cores $(CORES)
@@ -17,7 +22,10 @@ dry-run: .venv/installed
 	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run
 
 publish: .venv/installed
-	@$(BIN)/python study.py publish $(PLAN)
+	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial)
+
+benchmark: .venv/installed
+	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGUMENTS)
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

@@ -12,6 +12,10 @@ os.environ["TQDM_DISABLE"] = "1"
 
 RESULTS = [f"{name}/metrics.json" for name, job in PLAN["jobs"].items() if not job["report"]]
 REPORTS = [name for name, job in PLAN["jobs"].items() if job["report"]]
+REPLICATES = {}
+for name, job in PLAN["jobs"].items():
+    if not job["report"]:
+        REPLICATES.setdefault(json.dumps(job["replicate"]), []).append(name)
 
 
 rule all: # every run by name: Snakemake does not miss the input of a report that is there
@@ -20,16 +24,25 @@ rule all: # every run by name: Snakemake does not miss the input of a report tha
         "reports.done",
 
 
-rule run:
-    input:
-        lambda wildcards: [f"{name}/metrics.json" for name in PLAN["jobs"][wildcards.name]["needs"]],
-    output:
-        "{name}/metrics.json",
-    log:
-        "{name}/run.ipynb",
-    threads: PLAN["threads"]
-    shell:
-        "exec env OMP_NUM_THREADS={threads} {STUDY} {wildcards.name}"
+# A rule per replicate, since priorities belong to rules: what a plan has not finished is then a replicate, not an arm of each.
+# A teacher's date does not matter (`ancient`): study.py sets the students of a changed teacher aside.
+for number, names in enumerate(REPLICATES.values()):
+
+    rule:
+        name:
+            f"replicate{number}"
+        wildcard_constraints:
+            name="|".join(names),
+        input:
+            lambda wildcards: [ancient(f"{name}/metrics.json") for name in PLAN["jobs"][wildcards.name]["needs"]],
+        output:
+            "{name}/metrics.json",
+        log:
+            "{name}/run.ipynb",
+        priority: len(REPLICATES) - number
+        threads: PLAN["threads"]
+        shell:
+            "exec env OMP_NUM_THREADS={threads} {STUDY} {wildcards.name}"
 
 
 rule report:

@@ -2,13 +2,20 @@
 
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
     python study.py publish smoke           # copy what a reader needs to results/published/
+    python study.py publish smoke --partial # pack what is finished there, without tables and figures
 
-A plan has `parameters` for every run, `notebooks` (parameters for every run of a notebook), `replicates` (what differs between
-repetitions: seed, fold), `threads` per run, `reports` (notebooks that show the result), and `runs`: a notebook each, its own
-`parameters`, and `teacher`, the run whose result with the same replicate is its teacher. A plan that `extends` another differs
-from it in what it says itself.
+A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, draw, fold), `threads` per run,
+`reports` (notebooks that show the result), and `runs`, its arms: parameters of run.ipynb (`seed` is added to the replicate's),
+and `teacher`, the arm that teaches it in the same replicate. An arm that is `like` another differs from it in what it says
+itself, and so does a plan that `extends` another; dicts merge one level deep.
 
-Nothing here imports the library: a job's process starts in a second, its notebook imports what it needs.
+What is to be decided stands in the plan before anything runs: each of its `questions` asks a sentence (`ask`) and has
+`contrasts`, pairs of arms by name, judged by `metric` at `epoch` (last or best), where less than `smallest_difference` does not
+matter.
+
+An arm with a `notebook` of its own has its parameters under `parameters`; `notebooks` are parameters for all arms of one.
+
+A job's process imports nothing of the library and starts in a second; its notebook imports what it needs.
 """
 
 import argparse
@@ -30,33 +37,46 @@ ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
 PUBLISHED_FILES = ("config.json", "environment.json", "history.csv", "predictions.csv", "metrics.json")
+ASKED = ("questions", "metric", "epoch", "smallest_difference")
+KEYS = ["extends", "parameters", "notebooks", "replicates", "threads", "runs", "reports", *ASKED]
 
 
 def expand(plan: str) -> dict:
-    """The plan as {"threads", "jobs": {name: {"notebook", "parameters", "needs", "report"}}}, without paths.
+    """The plan as {"plan", "threads", "asked", "jobs": {name: job}}, without paths.
+
+    A job is {"notebook", "parameters", "needs", "report"}, and of a run "arm" and "replicate"; `asked` is what `questions`,
+    `metric`, `epoch` and `smallest_difference` say.
 
     Raises:
-        ValueError: unknown plan, notebook, teacher or key, or a parameter that the notebook does not have.
+        ValueError: unknown plan, notebook, arm, teacher or key, a parameter that the notebook does not have, an option that the
+            method does not have, or arms that are like one another in a circle.
     """
     content = _read(plan)
+    arms = {arm: _arm(arm, content["runs"], plan) for arm in content["runs"]}
     jobs = {}
-    for kind, run in content["runs"].items():
-        for key in run:
-            _known(key, ["notebook", "parameters", "teacher"], f"key of run {kind} in {plan}.yaml")
+    for arm, run in arms.items():
         for replicate in content["replicates"]:
             suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
-            name = f"{kind}{suffix}"
             levels = (
                 content.get("parameters"),
                 content.get("notebooks", {}).get(run["notebook"]),
-                run.get("parameters"),
+                run["parameters"],
                 replicate,
             )
-            parameters = {key: value for level in levels for key, value in (level or {}).items()}
+            parameters = {}
+            for level in levels:
+                parameters = _merge(parameters, level or {}) if run["notebook"] == "run" else parameters | (level or {})
+            if run["notebook"] == "run" and "seed" in run["parameters"] and "seed" in replicate:
+                parameters["seed"] = run["parameters"]["seed"] + replicate["seed"]
             needs = []
             if "teacher" in run:
-                needs = [_known(run["teacher"], list(content["runs"]), f"teacher of run {kind} in {plan}.yaml") + suffix]
-            jobs[name] = {"notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False}
+                needs = [_known(run["teacher"], list(arms), f"teacher of run {arm} in {plan}.yaml") + suffix]
+                if run["notebook"] == "run":
+                    parameters["teacher"] = {"epoch": content.get("epoch", "best")}
+            jobs[f"{arm}{suffix}"] = {
+                "notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False,
+                "arm": arm, "replicate": replicate,
+            }  # fmt: skip
     for notebook in content.get("reports", ["09_tables", "10_figures"]):
         parameters = content.get("notebooks", {}).get(notebook, {})
         jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
@@ -64,7 +84,74 @@ def expand(plan: str) -> dict:
         _known(name, [job["notebook"] for job in jobs.values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
         _check_parameters(name, job)
-    return {"threads": content.get("threads", 1), "jobs": jobs}
+    asked = {key: content[key] for key in ASKED if key in content}
+    _check_questions(plan, asked, list(arms))
+    _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"])
+    return {"plan": plan, "threads": content.get("threads", 1), "asked": asked, "jobs": jobs}
+
+
+def _merge(base: dict, own: dict) -> dict:
+    """`base | own`, in which dicts that both have are joined in the same way."""
+    both = {
+        key: base[key] | own[key] for key in base.keys() & own if isinstance(base[key], dict) and isinstance(own[key], dict)
+    }
+    return base | own | both
+
+
+def _arm(arm: str, runs: dict, plan: str, above: tuple = ()) -> dict:
+    """{"notebook", "parameters", "teacher"} of an arm, with what it takes from the arm that it is `like`."""
+    if arm in above:
+        raise ValueError(f"arms of {plan}.yaml are like one another in a circle: {', '.join((*above, arm))}")
+    run = dict(runs[arm])
+    base = {"notebook": "run", "parameters": {}}
+    if "like" in run:
+        base = _arm(_known(run.pop("like"), list(runs), f"arm that {arm} is like in {plan}.yaml"), runs, plan, (*above, arm))
+    own = {key: run.pop(key) for key in ("notebook", "teacher") if key in run}
+    if own.get("notebook", base["notebook"]) == "run":
+        return base | own | {"parameters": _merge(base["parameters"], run)}
+    for key in run:
+        _known(key, ["notebook", "parameters", "teacher", "like"], f"key of run {arm} in {plan}.yaml")
+    return base | own | {"parameters": base["parameters"] | run.get("parameters", {})}
+
+
+def _check_questions(plan: str, asked: dict, arms: list[str]) -> None:
+    """What is asked must be answerable by the plan's arms."""
+    for name, question in asked.get("questions", {}).items():
+        for key in question:
+            _known(key, ["ask", "contrasts"], f"key of question {name} in {plan}.yaml")
+        if not question.get("ask") or not question.get("contrasts"):
+            raise ValueError(f"question {name} in {plan}.yaml needs `ask`, a sentence, and `contrasts`, pairs of arms by name")
+        for words, pair in question["contrasts"].items():
+            if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+                raise ValueError(f"contrast {words!r} of question {name} in {plan}.yaml must be two arms, [a, b] (got {pair})")
+            for arm in pair:
+                _known(arm, arms, f"arm in contrast {words!r} of question {name} in {plan}.yaml")
+    if "questions" in asked and (missing := [key for key in ASKED if key not in asked]):
+        raise ValueError(f"{plan}.yaml asks questions, which need {', '.join(missing)}, too")
+    if "epoch" in asked:
+        _known(asked["epoch"], ["last", "best"], f"epoch in {plan}.yaml")
+    if not 0 < asked.get("smallest_difference", 1) <= 1:
+        raise ValueError(
+            f"smallest_difference in {plan}.yaml must be above 0 and at most 1 (got {asked['smallest_difference']})"
+        )
+    if "metric" in asked:
+        from hdkd_lib.tables import METRICS
+
+        _known(asked["metric"], list(METRICS), f"metric in {plan}.yaml")
+
+
+def _check_arms(plan: str, jobs: list[dict]) -> None:
+    """The names that only the library knows: networks, recipes and their fields, methods and their options."""
+    for arm, job in {job["arm"]: job for job in jobs}.items():
+        from hdkd_lib import experiment, models, recipes
+
+        parameters = _defaults("run") | job["parameters"]
+        try:
+            experiment.check(parameters["method"], parameters["options"], has_teacher=bool(job["needs"]))
+            models.check_name(parameters["network"])
+            recipes.get(**parameters["recipe"])
+        except ValueError as error:
+            raise ValueError(f"arm {arm} in {plan}.yaml: {error}") from error
 
 
 def _read(plan: str) -> dict:
@@ -75,25 +162,31 @@ def _read(plan: str) -> dict:
     path = folder / f"{_known(plan, [file.stem for file in folder.glob('*.yaml')], 'plan')}.yaml"
     content = YAML(typ="safe", pure=True).load(path)
     for key in content:
-        _known(key, ["extends", "parameters", "notebooks", "replicates", "threads", "runs", "reports"], f"key in {path.name}")
+        _known(key, KEYS, f"key in {path.name}")
     if "extends" not in content:
         return content
-    base = _read(content["extends"])
-    own = {key: content[key] for key in ("replicates", "threads", "reports") if key in content}
-    for key in ("parameters", "runs"):
-        own[key] = base.get(key, {}) | content.get(key, {})
-    notebooks = [plan.get("notebooks", {}) for plan in (base, content)]
-    own["notebooks"] = {
-        name: {**notebooks[0].get(name, {}), **notebooks[1].get(name, {})} for name in {**notebooks[0], **notebooks[1]}
+    base = _read(content.pop("extends"))
+    content["notebooks"] = {
+        name: base.get("notebooks", {}).get(name, {}) | content.get("notebooks", {}).get(name, {})
+        for name in base.get("notebooks", {}) | content.get("notebooks", {})
     }
-    return base | own
+    for key in ("parameters", "runs", "questions"):
+        if key in base | content:
+            content[key] = base.get(key, {}) | content.get(key, {})
+    return base | content
 
 
 def paths(name: str, job: dict, folder: Path) -> dict[str, str]:
     """The parameters of a job that depend on where the plan's folder lies."""
     if job["report"]:
         return {"results": str(folder), "out": str(folder / name)}
-    return {"run_dir": str(folder / name)} | ({"teacher_dir": str(folder / job["needs"][0])} if job["needs"] else {})
+    own = {"run_dir": str(folder / name)}
+    for needed in job["needs"]:
+        its = str(folder / needed)
+        own |= (
+            {"teacher": job["parameters"]["teacher"] | {"run_dir": its}} if job["notebook"] == "run" else {"teacher_dir": its}
+        )
+    return own
 
 
 def _known(name: str, known: list[str], what: str) -> str:
@@ -126,7 +219,8 @@ def execute(jobs_file: Path, name: str) -> None:
     import papermill
 
     _end_with_parent()
-    job = json.loads(jobs_file.read_text())["jobs"][name]
+    plan = json.loads(jobs_file.read_text())
+    job = plan["jobs"][name]
     parameters = job["parameters"] | paths(name, job, jobs_file.parent)
     folder = jobs_file.parent / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +242,14 @@ def execute(jobs_file: Path, name: str) -> None:
         raise RuntimeError(
             f"run {name} ended without a result (its kernel was killed?): {executed}; start the plan again to go on"
         )
+    if not job["report"]:
+        _write_job(folder, plan["plan"], job)
+
+
+def _write_job(folder: Path, plan: str, job: dict) -> None:
+    """Which run of which plan the folder holds."""
+    content = {"plan": plan} | {key: job[key] for key in ("arm", "replicate", "notebook", "parameters")}
+    (folder / "job.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _end_with_parent() -> None:
@@ -180,11 +282,13 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     jobs_file = folder / ("dry-run.json" if dry_run else "jobs.json")
     if not dry_run:
         _set_aside_changed(jobs_file, expanded)
+        _take_published(expanded, folder)
+        _note_changed_questions(expanded, folder)
     jobs_file.write_text(json.dumps(expanded, indent=1))
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--config", f"jobs={jobs_file}",
-        "--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
-        "--quiet", "rules", "host",
+        "--cores", str(cores), "--scheduler", "greedy", "--keep-going", "--rerun-incomplete",
+        "--rerun-triggers", "mtime", "--nolock", "--quiet", "rules", "host",
     ]  # fmt: skip
     try:  # in this process, so that whoever ends it ends the workflow
         snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
@@ -222,11 +326,13 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
     kinds: dict[str, list[str]] = {}
     for name in jobs:
-        kinds.setdefault(name.rsplit("-seed", 1)[0], []).append(name)
+        kinds.setdefault(jobs[name]["arm"], []).append(name)
     total, width = 0.0, max(map(len, kinds))
     print(f"\n{'run':{width}}  to run  time of each, with {expanded['threads']} threads")
     for kind, names in kinds.items():
-        missing = [n for n in names if before.get(n) != jobs[n] or not (folder / n / "metrics.json").exists()]
+        missing = [
+            n for n in names if _essence(before.get(n)) != _essence(jobs[n]) or not (folder / n / "metrics.json").exists()
+        ]
         each = ""
         if missing:
             [teacher] = jobs[names[0]]["needs"] or [None]
@@ -255,19 +361,84 @@ def _duration(seconds: float) -> str:
 
 
 def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
-    """Runs that left the plan or whose parameters changed since its last start keep their results as NAME~1, NAME~2, ..."""
+    """Runs that left the plan or whose parameters, or whose teacher's, changed since its last start keep their results as
+    NAME~1, NAME~2, ..."""
     if not jobs_file.exists():
         return
     before = json.loads(jobs_file.read_text())["jobs"]
-    if before != expanded["jobs"]:
+    if {name: _essence(job) for name, job in before.items()} != {n: _essence(job) for n, job in expanded["jobs"].items()}:
         (jobs_file.parent / "reports.done").unlink(missing_ok=True)
-    for name, job in before.items():
+    changed = {name for name, job in before.items() if _essence(job) != _essence(expanded["jobs"].get(name))}
+    while grown := {name for name, job in before.items() if changed & set(job["needs"])} - changed:
+        changed |= grown
+    for name in changed:
         path = jobs_file.parent / name
-        if path.exists() and expanded["jobs"].get(name) != job:
+        if path.exists():
             number = 1
             while path.with_name(f"{name}~{number}").exists():
                 number += 1
             path.rename(path.with_name(f"{name}~{number}"))
+
+
+def _essence(job: dict | None) -> dict | None:
+    """What decides the result of a job."""
+    return job and {key: job[key] for key in ("notebook", "parameters", "needs", "report")}
+
+
+def _take_published(expanded: dict, folder: Path) -> None:
+    """Runs that are published, but not here, are taken as done; a teacher whose weights are needed will be trained again."""
+    from hdkd_lib import packing
+
+    source = RESULTS / "published" / expanded["plan"]
+    jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
+    packed = {
+        name
+        for name, of in packing.read(source).items()
+        if name in jobs and {key: of["job"][key] for key in ("notebook", "parameters")}
+        == {key: json.loads(json.dumps(jobs[name][key])) for key in ("notebook", "parameters")}
+    }  # fmt: skip
+    here = {name for name in jobs if (folder / name / "metrics.json").exists()}
+    with_weights = {name for name in here if (folder / name / "last.safetensors").exists()}
+    missing = set(jobs) - here - packed
+    while needed := {teacher for name in missing for teacher in jobs[name]["needs"]} - with_weights - missing:
+        missing |= needed
+    for name in missing & here:  # it was taken from what is published
+        if name in packed:
+            shutil.rmtree(folder / name)
+    for name in sorted(packed - here - missing):
+        packing.unpack(source, name, folder / name)
+    for name in here - missing:
+        if not (folder / name / "job.json").exists():
+            _write_job(folder / name, expanded["plan"], jobs[name])
+
+
+def _note_changed_questions(expanded: dict, folder: Path) -> None:
+    """plan.json: what is asked, and how many runs were finished when that changed; every table then says so."""
+    file = folder / "plan.json"
+    content = json.loads(file.read_text()) if file.exists() else {"asked": expanded["asked"]}
+    if content["asked"] != json.loads(json.dumps(expanded["asked"])):
+        finished = sum((folder / name / "metrics.json").exists() for name in expanded["jobs"])
+        content = content | {"asked": expanded["asked"]} | ({"questions_changed_after": finished} if finished else {})
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def publish_partial(plan: str) -> str:
+    """Packs the plan's finished runs, without weights, into results/published/PLAN (`hdkd_lib.packing`); says what is there."""
+    from hdkd_lib import packing
+
+    expanded = expand(plan)
+    source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
+    jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
+    finished = {name: source / name for name in jobs if (source / name / "metrics.json").exists()}
+    for name, folder in finished.items():
+        if not (folder / "job.json").exists():
+            _write_job(folder, plan, jobs[name])
+    new = packing.pack(finished, target)
+    if new:
+        shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", target / "plan.yaml")
+    if (source / "plan.json").exists() and target.exists():
+        shutil.copyfile(source / "plan.json", target / "plan.json")
+    return f"{len(new)} runs packed anew, {len(packing.read(target).keys() & jobs.keys())} of {len(jobs)} in {target}"
 
 
 def publish(plan: str) -> Path:
@@ -314,6 +485,7 @@ def main() -> int:
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
     command = commands.add_parser("publish", help="copy a finished plan to results/published/")
     command.add_argument("plan")
+    command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
@@ -322,7 +494,7 @@ def main() -> int:
         if arguments.command == "run":
             return run(arguments.plan, arguments.cores, arguments.dry_run)
         if arguments.command == "publish":
-            print(publish(arguments.plan))
+            print(publish_partial(arguments.plan) if arguments.partial else publish(arguments.plan))
         else:
             execute(arguments.jobs_file, arguments.name)
     except (ValueError, RuntimeError, OSError) as error:

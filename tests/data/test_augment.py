@@ -320,7 +320,26 @@ def test_a_rectangle_of_noise_is_put_into_a_quarter_of_the_images():
 
 
 def test_only_deit_crops_and_erases():
-    assert {name: change.crop for name, change in AUGMENTATIONS.items()} == {"none": False, "hdkd": False, "deit": True}
+    assert {name: change.crop for name, change in AUGMENTATIONS.items()} == {
+        "none": False,
+        "flip_shift": False,
+        "hdkd": False,
+        "deit": True,
+    }
     images = torch.randn(50, 3, 8, 8)
-    for name in ("none", "hdkd"):
+    for name in ("none", "flip_shift", "hdkd"):
         assert torch.equal(seeded(AUGMENTATIONS[name]().finish, images.clone()), images)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 9)])
+def test_flip_shift_moves_whole_pixels_and_leaves_zeros(size):
+    images = torch.randint(1, 256, (200, 3, *size), dtype=torch.uint8)
+    change = AUGMENTATIONS["flip_shift"]()
+    drawn = seeded(change.draw, 200)
+    out = (change.apply(images, drawn) * 255).round().to(torch.uint8)
+    for image, moved, (down, right), flip in zip(images, out, drawn["shift"].tolist(), drawn["flip"], strict=True):
+        padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
+        expected = padded[:, 4 - down : 4 - down + size[0], 4 - right : 4 - right + size[1]]
+        assert torch.equal(moved, expected.flip(2) if flip else expected)
+    assert set(drawn["shift"].flatten().tolist()) == set(range(-4, 5))
+    assert 60 < drawn["flip"].sum() < 140

@@ -57,7 +57,14 @@ def test_renamed_files_in_another_place_are_the_same_data(image_folder):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"image_size": 4}, {"protocol": "random"}, {"fold": 1}, {"fraction": 0.5}, {"split_seed": 1}],
+    [
+        {"image_size": 4},
+        {"protocol": "random"},
+        {"fold": 1},
+        {"fraction": 0.5},
+        {"split_seed": 1},
+        {"draws": 2, "val_per_class": 2, "draw": 1},
+    ],
     ids=lambda option: next(iter(option)),
 )
 def test_what_determines_the_split_is_in_the_configuration(published, changed):
@@ -65,7 +72,35 @@ def test_what_determines_the_split_is_in_the_configuration(published, changed):
     plain, other = load("folder", published, **options), load("folder", published, **options | changed)
     assert {key: plain.config[key] for key in options} == options
     assert plain.config["content"] == other.config["content"]
-    assert {key for key in plain.config if plain.config[key] != other.config[key]} == changed.keys()
+    differing = {key for key in other.config if plain.config.get(key) != other.config[key]}
+    assert differing - {"split"} == changed.keys()
+    sides = [{name: sorted(part.ids) for name, part in parts_of(data).items()} for data in (plain, other)]
+    assert ("split" in differing) == (sides[0] != sides[1])
+
+
+def test_audit_and_split_are_computed_once(image_folder, cache, monkeypatch):
+    root = image_folder(*(f"{c}/{i}.png" for c in "ab" for i in range(12)))
+    first = load("folder", root, image_size=8)
+    for name in ("hdkd_lib.data.leakage._near_duplicates", "hdkd_lib.data.split"):
+        monkeypatch.setattr(name, None)
+    again = load("folder", root, image_size=8)
+    assert again.config == first.config
+    assert again.audit.summary == first.audit.summary
+    assert {name: part.ids for name, part in parts_of(again).items()} == {n: p.ids for n, p in parts_of(first).items()}
+    with pytest.raises(TypeError):  # another fold is another split
+        load("folder", root, image_size=8, fold=1)
+
+
+def test_what_is_remembered_depends_on_groups_and_labels(image_folder, cache):
+    """Files with the same pixels in the same order, sorted into other classes, are split anew."""
+    root = image_folder(*(f"here/{c}/{i}.png" for c in "ab" for i in range(10)))
+    for i, file in enumerate(sorted((root / "here").rglob("*.png"))):
+        target = root / "there" / "ab"[i >= 8] / f"{i:02d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    for place in ("here", "there"):
+        for part in parts_of(load("folder", root / place, image_size=8)).values():
+            assert len(set(part.labels.tolist())) == 2
 
 
 def test_the_card_counts_what_leaks(image_folder):

@@ -2,6 +2,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -367,6 +368,26 @@ def test_cifar_joins_its_five_files_and_its_test_part(cifar10_folder):
     folder = cifar10_folder / "cifar10" / "cifar-10-batches-py"
     stored = pickle.loads((folder / "test_batch").read_bytes())["data"]
     assert np.array_equal(source.images[10:].transpose(0, 3, 1, 2).reshape(2, -1), stored)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("is_archive", [False, True])
+def test_cifar10_as_image_files_is_read_and_its_card_says_what_they_are(suffix, is_archive, image_folder, cache):
+    names = [f"{part}/{c}/{i}.{suffix}" for part in ("train", "test") for c in ("airplane", "truck") for i in range(2)]
+    folder = image_folder(*(f"cifar10_images/{name}" for name in names)) / "cifar10_images"
+    if is_archive:
+        shutil.make_archive(str(folder / "cifar10"), "zip", folder)
+        for part in ("train", "test"):
+            shutil.rmtree(folder / part)
+    for root in (folder, folder.parent):
+        source = open_source("cifar10", root)
+        assert sorted(source.ids) == sorted(names)
+        assert (source.name, source.classes, Counter(source.parts)) == (
+            "cifar10",
+            ["airplane", "truck"],
+            {"train": 4, "test": 4},
+        )
+        assert ("JPEG" in source.card["title"]) == ("other draws" in source.card["known_faults"]) == (suffix == "jpg")
 
 
 def test_cifar100_has_its_hundred_fine_classes(cifar100_folder):

@@ -216,3 +216,76 @@ def test_a_split_published_in_three_parts_needs_no_five_images_of_a_class():
     published = {"parts": np.repeat(["train", "val", "test"], 2), "protocol": "official"}
     parts = split(np.arange(6) % 2, list("abcdef"), **published)
     assert {name: index.tolist() for name, index in parts.items()} == {"train": [0, 1], "val": [2, 3], "test": [4, 5]}
+
+
+def drawn(collection: dict, draws: int, **options) -> list[dict[str, np.ndarray]]:
+    try:
+        return [parted(collection, draws=draws, draw=k, **options) for k in range(draws)]
+    except ValueError as error:
+        if "separate images to train on" in str(error):
+            reject()
+        raise
+
+
+@pytest.mark.parametrize("protocol", ["grouped", "official"])
+@quick
+@given(collections(), st.integers(2, 3), st.integers(0, 9))
+def test_draws_are_disjoint_whole_groups_with_one_validation_and_test_part(protocol, collection, draws, seed):
+    parts = drawn(collection, draws, val_per_class=2, seed=seed, protocol=protocol)
+    for part in parts[1:]:
+        assert np.array_equal(part["val"], parts[0]["val"])
+        assert np.array_equal(part["test"], parts[0]["test"])
+    sets = [part["train"] for part in parts] + [parts[0]["val"]]
+    left = np.setdiff1d(np.arange(len(collection["labels"])), parts[0]["test"])
+    assert sorted(np.concatenate(sets)) == left.tolist()
+    for key in KEYS:
+        values = [set(collection[key][i]) for i in sets]
+        assert sum(map(len, values)) == len(set.union(*values))
+    assert (np.bincount(collection["labels"][parts[0]["val"]]) <= 2).all()
+
+
+@quick
+@given(collections(), st.randoms(use_true_random=False), st.integers(2, 3))
+def test_neither_order_nor_names_of_files_decide_a_draw(collection, random, draws):
+    order = random.sample(range(len(collection["labels"])), len(collection["labels"]))
+    other = {key: values[order] for key, values in collection.items()}
+    renamed = other | {"groups": np.array([f"lesion {name}" for name in other["groups"]])}
+    kept, permuted = ([content(c, parts) for parts in drawn(c, draws, val_per_class=2)] for c in (collection, renamed))
+    assert kept == permuted
+
+
+@given(st.integers(2, 9), st.integers(0, 9))
+def test_draws_of_separate_images_differ_by_one_of_a_class(draws, seed):
+    labels = np.arange(330) % 3
+    hashes = np.array([f"{i:03d}" for i in range(330)])
+    parts = [split(labels, hashes, draws=draws, draw=k, val_per_class=5, seed=seed) for k in range(draws)]
+    assert np.bincount(labels[parts[0]["val"]]).tolist() == [5, 5, 5]
+    counts = np.array([np.bincount(labels[part["train"]]) for part in parts])
+    assert np.ptp(counts, axis=0).max() <= 1
+
+
+def test_a_published_validation_part_serves_every_draw():
+    labels, sides = np.arange(60) % 2, np.array(["train", "train", "val", "test"])[np.arange(60) // 2 % 4]
+    parts = [
+        split(labels, np.arange(60).astype(str), parts=sides, protocol="official", draws=3, draw=k, val_per_class=1)
+        for k in range(3)
+    ]
+    for part in parts:
+        assert np.array_equal(part["val"], np.flatnonzero(sides == "val"))
+    assert sorted(np.concatenate([part["train"] for part in parts])) == np.flatnonzero(sides == "train").tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": 3, "draw": 3}, "there is no draw 3: 3 draws are 0 to 2"),
+        ({"draws": 3, "draw": -1}, "there is no draw -1: 3 draws are 0 to 2"),
+        ({"draw": 1}, "there is no draw 1: pass draws, too"),
+        ({"draws": 2, "fraction": 0.5}, "draws and fraction both cut the training part"),
+        ({"draws": 40, "val_per_class": 2}, r"class 'b' has 22 separate images to train on; .* \(got 40\)"),
+    ],
+)
+def test_draws_that_do_not_exist_are_refused(options, message):
+    labels = np.repeat([0, 1], [60, 30])
+    with pytest.raises(ValueError, match=message):
+        split(labels, np.arange(90).astype(str), classes=["a", "b"], **options)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from hdkd_lib import models
-from hdkd_lib.methods import HDKD, DeiT, Supervised
+from hdkd_lib.methods import CSKD, HDKD, DearKD, DeiT, Supervised
 from hdkd_lib.methods.base import Teacher
 
 
@@ -70,6 +70,7 @@ def test_a_description_is_plain_and_tells_settings_student_and_teacher(build):
     assert description == {
         **{"name": "HDKD", "distill_type": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0, "stage_exponent": 1.0},
         **{"reduction": "classes", "stages": [1, 2], "stage_weighting": "index", "prediction": 0.5, "projection": False},
+        "distill_until": 1.0,
         "student": {"name": "hdkd_student_distilled_nano", "num_classes": 10, "img_size": 16},
         "teacher": {"name": "hdkd_teacher_nano", "num_classes": 10, "img_size": 16},
     }
@@ -148,3 +149,27 @@ def test_a_pretrained_teacher_with_a_random_head_is_refused(build):
     with pytest.raises(ValueError, match="its head for 10 is random"):
         DeiT(student=plain, teacher=teacher)
     DeiT(student=plain, teacher=models.load_weights(teacher, teacher.state_dict()))  # whoever has its weights has its head
+
+
+@pytest.mark.parametrize("method", [CSKD, DearKD, DeiT, HDKD])
+def test_every_method_can_stop_its_teacher(method, build, batch, monkeypatch):
+    own = {"taps": {}} if method is DearKD else {}
+    task = method(student=build(), teacher=build("hdkd_teacher_nano", seed=7), alpha=0.3, distill_until=0.5, **own)
+    task.student.set_distilled_training(True)
+    task.set_progress(0.49)
+    assert "distillation_loss" in task(*batch) or "feature_loss" in task(*batch)
+    task.set_progress(0.5)
+    monkeypatch.setattr(task.teacher.network, "forward", None)
+    monkeypatch.setattr(task.teacher.network, "forward_features", None)
+    result = task.train()(*batch)
+    class_logits, distillation_logits = task.student(batch[0])
+    expected = 0.7 * F.cross_entropy(class_logits, batch[1]) + 0.3 * F.cross_entropy(distillation_logits, batch[1])
+    assert_close(result["loss"], expected)
+    assert_close(result["output"], (class_logits + distillation_logits) / 2)
+    assert result.keys() == {"loss", "output", "class_loss"}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_teacher_stops_within_training(share, build):
+    with pytest.raises(ValueError, match=r"distill_until must be in \[0, 1\]"):
+        DeiT(student=build(), teacher=build("hdkd_teacher_nano"), distill_until=share)

@@ -312,7 +312,7 @@ def test_stage_2_begins_at_its_share_of_training(fraction, progress, in_stage2, 
     assert ("distillation_loss" in task(*small_batch)) == (not in_stage2)
 
 
-def test_a_task_without_stage_1_in_stage2_before_its_first_epoch(small_batch):
+def test_a_task_without_stage_1_is_in_stage_2_before_its_first_epoch(small_batch):
     assert "distillation_loss" not in dearkd(distill_until=0.0)(*small_batch)
 
 
@@ -563,9 +563,9 @@ def test_a_task_can_be_made_again_from_its_settings():
         ({"taps": {1: 5}}, "taps ask for the teacher's map of stride 5; ResNet has strides 2, 4, 8, 16, 32"),
         ({"taps": {4: 8}}, "taps name block 4; the student has blocks 0 to 3"),
         ({"taps": {-1: 8}}, "taps name block -1; the student has blocks 0 to 3"),
-        ({"hidden_weight": -0.1}, r"hidden_weight must be at least 0.*\(got -0.1, "),
-        ({"distill_until": 1.1}, r"distill_until in \[0, 1\].*1.1"),
-        ({"distill_until": -0.1}, r"distill_until in \[0, 1\].*-0.1"),
+        ({"hidden_weight": -0.1}, r"hidden_weight must be at least 0.*\(got -0.1 "),
+        ({"distill_until": 1.1}, r"distill_until must be in \[0, 1\].*1.1"),
+        ({"distill_until": -0.1}, r"distill_until must be in \[0, 1\].*-0.1"),
         ({"stage2": "neither"}, "stage2 'both' or 'class'.*'neither'"),
         ({"alpha": 1.5}, "alpha must be in"),
         ({"tau": 0.0}, "tau above 0"),

@@ -70,7 +70,10 @@ def test_without_alpha_it_is_cross_entropy_of_the_class_head(networks, batch):
 
 
 def test_it_is_deits_own_setting_by_default(networks):
-    assert DeiT(**networks).settings() == {"distill_type": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "classes"}
+    assert DeiT(**networks).settings() == {
+        **{"distill_type": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "classes"},
+        "distill_until": 1.0,
+    }
 
 
 def test_it_predicts_by_the_mean_of_both_heads(networks, batch):

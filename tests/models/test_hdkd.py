@@ -245,8 +245,22 @@ def test_a_state_dict_carries_all_that_a_network_computes_with(network, images):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"stem_stride": 3}, "stem_stride must be 2 or 4"), ({"gate": "eca"}, "gate must be one of cbam, se, none")],
+    [({"stem_stride": 3}, "stem_stride must be 1, 2 or 4"), ({"gate": "eca"}, "gate must be one of cbam, se, none")],
 )
 def test_unknown_variants_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.create("hdkd_student_nano", **arguments)
+
+
+def test_a_stem_of_stride_1_gives_small_images_16_tokens_and_the_same_weights():
+    student = models.create("hdkd_student_distilled_nano", num_classes=10, img_size=32, stem_stride=1).eval()
+    teacher = models.create("hdkd_teacher_nano", num_classes=10, img_size=32, stem_stride=1).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for network in (student, teacher):
+        maps = network.forward_intermediates(images, [0, 1, 2], intermediates_only=True)
+        assert [tuple(features.shape[2:]) for features in maps] == [(32, 32), (16, 16), (8, 8)]
+        assert [info["reduction"] for info in network.feature_info[:3]] == [1, 2, 4]
+    assert student.forward_features(images).shape == (2, 2 + 16, 64)
+    assert student.patch_embed.dynamic_feat_size((32, 32)) == (4, 4)
+    strided = models.create("hdkd_student_distilled_nano", num_classes=10, img_size=64)
+    assert {n: p.shape for n, p in student.named_parameters()} == {n: p.shape for n, p in strided.named_parameters()}

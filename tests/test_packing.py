@@ -1,0 +1,102 @@
+"""Finished runs in four files, and back."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from hdkd_lib import packing, runs
+from hdkd_lib.runs import Run
+
+
+@pytest.fixture
+def folders(finished_run, tmp_path):
+    """`folders(*names)`: copies of a finished run, each with a job.json and metrics of its own."""
+
+    def folders(*names):
+        for i, name in enumerate(names):
+            path = tmp_path / "runs" / name
+            shutil.copytree(finished_run.path, path, dirs_exist_ok=True)
+            job = {
+                "plan": "p",
+                "arm": name.split("-")[0],
+                "replicate": {"seed": i},
+                "notebook": "run",
+                "parameters": {"seed": i},
+            }
+            (path / "job.json").write_text(json.dumps(job))
+        return {name: tmp_path / "runs" / name for name in names}
+
+    return folders
+
+
+def test_what_was_packed_comes_back_without_weights_and_probabilities(folders, tmp_path):
+    paths = folders("teacher-seed0", "hdkd-seed1")
+    assert packing.pack(paths, tmp_path / "packed") == ["teacher-seed0", "hdkd-seed1"]
+    assert sorted(f.name for f in (tmp_path / "packed").iterdir()) == [
+        "history.csv.gz",
+        "predictions.csv.gz",
+        "runs.json",
+        "splits.csv.gz",
+    ]
+    for name, path in paths.items():
+        own = Run(packing.unpack(tmp_path / "packed", name, tmp_path / "back" / name))
+        original = Run(path)
+        assert own.is_finished
+        assert (own.config, own.metrics, own.job, own.environment) == (
+            original.config,
+            original.metrics,
+            original.job,
+            original.environment,
+        )
+        pd.testing.assert_frame_equal(own.history, original.history)
+    frames = [runs.load(tmp_path / folder).drop(columns="path") for folder in ("runs", "back")]
+    pd.testing.assert_frame_equal(*frames)
+
+
+def test_the_metrics_follow_from_the_packed_predictions(folders, tmp_path, digits):
+    (path,) = folders("hdkd-seed0").values()
+    packing.pack({"hdkd-seed0": path}, tmp_path / "packed")
+    predictions = pd.read_csv(tmp_path / "packed" / "predictions.csv.gz", dtype={"id": str}).set_index("id")
+    assert (
+        predictions.label.map(lambda c: int(digits.classes[c])).to_dict()
+        == Run(path).predictions.set_index("id").label.to_dict()
+    )
+    for which in ("last", "best"):
+        accuracy = (predictions[f"hdkd-seed0 {which} class"] == predictions.label).mean()
+        assert accuracy == pytest.approx(Run(path).metrics[which]["test"]["accuracy"], abs=1e-6)
+    table = Run(path).predictions.set_index("id")[digits.classes].max(axis=1)
+    assert (predictions["hdkd-seed0 best percent"] - 100 * table).abs().max() <= 0.5 + 1e-6
+
+
+def test_the_split_is_one_row_per_image(folders, tmp_path, finished_run):
+    packing.pack(folders("a-seed0", "b-seed0"), tmp_path / "packed")
+    splits = pd.read_csv(tmp_path / "packed" / "splits.csv.gz", dtype=str)
+    own = pd.read_csv(finished_run.path / "split.csv", dtype=str)
+    assert set(splits.split) == {finished_run.config["data"]["split"]}
+    assert set(zip(splits.id, splits.part, strict=True)) == set(zip(own.id, own.part, strict=True))
+    assert len(splits) == len(own)
+
+
+def test_runs_are_added_and_unpacked_ones_stay_as_they_are(folders, tmp_path):
+    packed = tmp_path / "packed"
+    packing.pack(folders("a-seed0"), packed)
+    before = {f.name: f.read_bytes() for f in packed.iterdir()}
+    assert packing.pack(folders("a-seed0"), packed) == []
+    assert {f.name: f.read_bytes() for f in packed.iterdir()} == before
+    elsewhere = {"a-seed0": packing.unpack(packed, "a-seed0", tmp_path / "elsewhere" / "a-seed0")} | folders("b-seed0")
+    assert packing.pack(elsewhere, packed) == ["b-seed0"]
+    assert packing.read(packed).keys() == {"a-seed0", "b-seed0"}
+    assert set(pd.read_csv(packed / "history.csv.gz").run) == {"a-seed0", "b-seed0"}
+    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 2 * 4)
+
+
+def test_a_run_that_was_repeated_replaces_its_packed_form(folders, tmp_path):
+    paths = folders("a-seed0")
+    packing.pack(paths, tmp_path / "packed")
+    file = paths["a-seed0"] / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": -1.0}))
+    assert packing.pack(paths, tmp_path / "packed") == ["a-seed0"]
+    assert packing.read(tmp_path / "packed")["a-seed0"]["metrics"]["seconds"] == -1.0
+    assert pd.read_csv(tmp_path / "packed" / "history.csv.gz").shape[0] == len(Run(paths["a-seed0"]).history)
