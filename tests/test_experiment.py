@@ -81,9 +81,11 @@ def by_notebook(tmp_path_factory):
     for name, own in arms.items():
         parameters = shared | own | {"seed": 4, "run_dir": str(folder / name)}
         notebook = str(Path(runs.ROOT, "notebooks", "run.ipynb"))
-        papermill.execute_notebook(
-            notebook, str(folder / f"{name}.ipynb"), parameters, kernel_name="python3", progress_bar=False
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the last bits depend on it
+            papermill.execute_notebook(
+                notebook, str(folder / f"{name}.ipynb"), parameters, kernel_name="python3", progress_bar=False
+            )
     return folder
 
 
