@@ -3,13 +3,14 @@
 # make lab                            open the notebooks
 # make publish PLAN=...               copy a finished plan to results/published/; PARTIAL=1: pack what is finished so far
 # make benchmark NAME=hdkd_step       time a step, or reading data (tests/benchmarks)
+# make readme                         write README's numbers anew from results/
 # make notebooks                      execute every notebook at its defaults, in place
 PYTHON ?= python3
 PLAN ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test lab publish benchmark notebooks lock
+.PHONY: study dry-run test lab publish benchmark readme notebooks lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
 study lab benchmark: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
@@ -37,6 +38,9 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 --dist loadfile tests
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+
+readme: .venv/installed
+	@$(BIN)/python study.py readme
 
 notebooks: export TQDM_DISABLE = 1
 notebooks: export OMP_NUM_THREADS = 1

@@ -486,6 +486,7 @@ def main() -> int:
     command = commands.add_parser("publish", help="copy a finished plan to results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
+    commands.add_parser("readme", help="write the numbers of README.md anew from results/")
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
@@ -493,7 +494,11 @@ def main() -> int:
     try:
         if arguments.command == "run":
             return run(arguments.plan, arguments.cores, arguments.dry_run)
-        if arguments.command == "publish":
+        if arguments.command == "readme":
+            from hdkd_lib import readme
+
+            (ROOT / "README.md").write_text(readme.write((ROOT / "README.md").read_text(), ROOT / "results"))
+        elif arguments.command == "publish":
             print(publish_partial(arguments.plan) if arguments.partial else publish(arguments.plan))
         else:
             execute(arguments.jobs_file, arguments.name)

@@ -1,0 +1,91 @@
+"""The numbers of README.md: each stands between `<!-- NAME -->` and `<!-- end -->`, written from results/ by `make readme`."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from hdkd_lib import packing, runs
+from hdkd_lib.statistics import paired
+
+# Plan, what the plan compares, and the two arms whose difference it is.
+EARLIER = (
+    ("brain_tumor_nano", "HDKD - its student without a teacher", "hdkd", "student"),
+    ("hdkd_ablations", "HDKD - its student without a teacher", "hdkd", "student"),
+    ("hdkd_ablations", "HDKD - distilling logits only", "hdkd", "logits_only"),
+    ("cskd_ablations", "CSKD - without its spatial term", "cskd", "spatial_0"),
+    ("cskd_ablations", "CSKD - a teacher that answers for the whole image only", "cskd", "grid_1x1"),
+    ("dearkd_ablations", "DearKD - without its early features", "dearkd", "taps_none"),
+    ("dearkd_ablations", "DearKD - a teacher that teaches to the end", "dearkd", "switch_never"),
+    ("data_free_nano", "data-free - without the intra-divergence loss", "data_free", "no_divergence"),
+)
+
+
+def progress(results: Path) -> str:
+    """How much of `few_images` is finished."""
+    plan = YAML(typ="safe", pure=True).load(runs.ROOT / "notebooks" / "plans" / "few_images.yaml")
+    jobs = [of["job"] for of in packing.read(results / "published" / "few_images").values()]
+    done = {(job["arm"], json.dumps(job["replicate"])) for job in jobs}
+    replicates = [json.dumps(replicate) for replicate in plan["replicates"]]
+    complete = sum(all((arm, replicate) in done for arm in plan["runs"]) for replicate in replicates)
+    count = len(replicates) * len(plan["runs"])
+    finished = f"{complete} of its {len(replicates)} replicates are finished ({len(done)} of {count} runs)."
+    return f"{finished} Verdicts are given when all are, not before."
+
+
+def earlier(results: Path) -> str:
+    """What plans of three replicates found: differences of balanced accuracy with 95 % t intervals."""
+    frames = {plan: runs.load(results / "published" / plan) for plan in dict.fromkeys(plan for plan, *_ in EARLIER)}
+    rows = []
+    for plan, words, a, b in EARLIER:
+        frame = frames[plan]
+        pairs = frame[frame.run == a].merge(frame[frame.run == b], on=["seed", "fold", "fraction"], suffixes=("", "_b"))
+        differences = [
+            f"{paired(pairs[column], pairs[f'{column}_b']):+}" for column in ("last_balanced_accuracy", "balanced_accuracy")
+        ]
+        rows.append([f"`{plan}`", words, len(pairs), *differences])
+    columns = ["plan", "contrast", "n", "last epoch", "epoch chosen on validation"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
+
+
+def leaks(results: Path) -> str:
+    """The nearest neighbour on pixels under random and grouped folds."""
+    rows = []
+    for dataset, title in (("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")):
+        scores = pd.read_csv(results / "audits" / dataset / "optimism.csv")
+        scores = scores[scores.classifier == "nearest neighbour"].groupby("protocol").balanced_accuracy.mean()
+        rows.append([title, *(f"{100 * scores[protocol]:.1f}" for protocol in ("random", "grouped"))])
+    return pd.DataFrame(rows, columns=["images", "random folds", "grouped folds"]).to_markdown(
+        index=False, disable_numparse=True
+    )
+
+
+def copies(results: Path) -> str:
+    """What the audit of the brain tumour set's published split found."""
+    card = json.loads((results / "audits" / "brain_tumor" / "card.json").read_text())
+    found, count = card["test_images_with_exact_duplicate_in_train"], card["test_images"]
+    return f"In the brain tumour set's published split, {found} of {count} test images are pixel-identical to a training image."
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {block.__name__: block for block in (progress, earlier, leaks, copies)}
+
+
+def write(text: str, results: Path) -> str:
+    """The text of README with every block written anew.
+
+    Raises:
+        ValueError: a block has no end or a name that is not in `BLOCKS`, or one of `BLOCKS` is missing.
+    """
+    names = re.findall(r"<!-- (\w+) -->\n", text)
+    if sorted(name for name in names if name != "end") != sorted(BLOCKS) or names[1::2] != ["end"] * len(BLOCKS):
+        raise ValueError(
+            f"README must hold each of the blocks {', '.join(BLOCKS)} once, with its end (found {', '.join(names)})"
+        )
+    for name, block in BLOCKS.items():
+        text = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- end -->", f"<!-- {name} -->\n{block(results)}\n<!-- end -->", text, flags=re.S
+        )
+    return text
