@@ -458,8 +458,12 @@ def publish(plan: str) -> Path:
         (aside / name).mkdir(parents=True)
         for file in PUBLISHED_FILES:
             shutil.copyfile(source / name / file, aside / name / file)
+        if (source / name / "job.json").exists():
+            shutil.copyfile(source / name / "job.json", aside / name / "job.json")
         data = json.loads((source / name / "config.json").read_text())["data"]
-        split = aside / "splits" / f"{data['dataset']}-{data['protocol']}-fold{data['fold']}-fraction{data['fraction']:g}.csv"
+        named = {"fold": data["fold"], "fraction": data["fraction"]} | ({"draw": data["draw"]} if "draw" in data else {})
+        which = "".join(f"-{key}{value:g}" for key, value in named.items())
+        split = aside / "splits" / f"{data['dataset']}-{data['protocol']}{which}.csv"
         split.parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name / "split.csv", split)
     for name in (name for name, job in expanded["jobs"].items() if job["report"]):
@@ -486,7 +490,7 @@ def main() -> int:
     command = commands.add_parser("publish", help="copy a finished plan to results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
-    commands.add_parser("readme", help="write the numbers of README.md anew from results/")
+    commands.add_parser("readme", help="write the numbers in README.md and p0.md anew from results/")
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
@@ -497,7 +501,8 @@ def main() -> int:
         if arguments.command == "readme":
             from hdkd_lib import readme
 
-            (ROOT / "README.md").write_text(readme.write((ROOT / "README.md").read_text(), ROOT / "results"))
+            for name in readme.TEXTS:
+                (ROOT / name).write_text(readme.write(name, (ROOT / name).read_text(), ROOT / "results"))
         elif arguments.command == "publish":
             print(publish_partial(arguments.plan) if arguments.partial else publish(arguments.plan))
         else:

@@ -22,9 +22,12 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
     Raises:
         FileNotFoundError: the data are not there.
     """
-    which = {key: parameters[key] for key in ("image_size", "protocol", "fold", "fraction")}
+    which = {k: parameters[k] for k in ("image_size", "protocol", "fold", "fraction", "draws", "draw") if k in parameters}
     images = data.load(parameters["dataset"], parameters["root"], **which)
-    plan = recipes.get(parameters["recipe"], epochs=parameters["epochs"], batch_size=parameters["batch_size"])
+    recipe = parameters["recipe"]
+    if not isinstance(recipe, Mapping):  # a chapter's
+        recipe = {"name": recipe, "epochs": parameters["epochs"], "batch_size": parameters["batch_size"]}
+    plan = recipes.get(**recipe)
     device = resolve_device(parameters["device"])
     precision = resolve_precision(parameters["precision"], device)
     batch = plan.batch_size if device.type == "cuda" else min(plan.batch_size, 8)

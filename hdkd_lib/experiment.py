@@ -63,13 +63,13 @@ def build(
             the method has none, or none where it needs one.
         FileNotFoundError: the teacher's run has no weights.
     """
-    kind = check(method, options or {}, has_teacher=teacher is not None)
+    task_class = check(method, options or {}, has_teacher=teacher is not None)
     teacher = teacher.student() if isinstance(teacher, Run) else teacher
     torch.manual_seed(seed)  # after the teacher, whose making draws numbers too
     size = {"num_classes": len(data.classes), "img_size": data.config["image_size"]}
     student = models.create(network, **size, **(network_options or {}))
     networks = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    return Experiment(kind(**networks, **(options or {})), data, recipe, seed)
+    return Experiment(task_class(**networks, **(options or {})), data, recipe, seed)
 
 
 def check(method: str, options: Mapping, *, has_teacher: bool) -> type[Method]:
@@ -80,14 +80,14 @@ def check(method: str, options: Mapping, *, has_teacher: bool) -> type[Method]:
     """
     if method not in methods.__all__:
         raise ValueError(f"unknown method {method!r}; {_nearest(method, methods.__all__)}")
-    kind = getattr(methods, method)
-    known = [name for name in inspect.signature(kind).parameters if name not in ("student", "teacher")]
+    task_class = getattr(methods, method)
+    known = [name for name in inspect.signature(task_class).parameters if name not in ("student", "teacher")]
     for name in options:
         if name not in known:
             raise ValueError(f"{method} has no option {name!r}; {_nearest(name, known)}")
-    if has_teacher != issubclass(kind, Distillation):
+    if has_teacher != issubclass(task_class, Distillation):
         raise ValueError(f"{method} has no teacher; leave it out" if has_teacher else f"{method} needs a teacher; name one")
-    return kind
+    return task_class
 
 
 def _nearest(name: str, known: list[str]) -> str:

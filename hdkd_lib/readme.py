@@ -1,4 +1,4 @@
-"""The numbers of README.md: each stands between `<!-- NAME -->` and `<!-- end -->`, written from results/ by `make readme`."""
+"""The numbers in texts: a block between `<!-- NAME -->` and `<!-- end -->` is written from results/ by `make readme`."""
 
 import json
 import re
@@ -70,22 +70,54 @@ def copies(results: Path) -> str:
     return f"In the brain tumour set's published split, {found} of {count} test images are pixel-identical to a training image."
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {block.__name__: block for block in (progress, earlier, leaks, copies)}
+def trials(results: Path) -> str:
+    """P0 of `few_images`: what validation said of every trial; the test images are not looked at."""
+    rows = []
+    for run in packing.read(results / "published" / "few_images_p0").values():
+        method, recipe, last = run["config"]["method"], run["config"]["recipe"], run["metrics"]["last"]
+        logits = f"{method['distill_type']}, tau {method['tau']:g}" if "distill_type" in method else ""
+        scores = [f"{100 * of['accuracy']:.1f}" for of in (last["train"], last["val"], run["metrics"]["best"]["val"])]
+        rows.append([f"`{run['job']['arm']}`", method["student"]["name"], recipe["epochs"], recipe["lr"], logits, *scores])
+    columns = [
+        "trial",
+        "network",
+        "epochs",
+        "rate",
+        "distillation of logits",
+        "training images, clean",
+        "validation, last epoch",
+    ]
+    return pd.DataFrame(rows, columns=[*columns, "best epoch"]).to_markdown(index=False, disable_numparse=True)
 
 
-def write(text: str, results: Path) -> str:
-    """The text of README with every block written anew.
+def pixels(results: Path) -> str:
+    """What classifiers on pixels reach on P0's validation images."""
+    scores = pd.read_csv(results / "published" / "few_images_p0" / "pixels.csv").set_index("classifier").balanced_accuracy
+    both = " and ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
+    return f"On 16x16 grey pixels of the same images: {both} on validation; chance is 10 %."
+
+
+# The blocks of each text, by its path in the repository.
+TEXTS: dict[str, tuple[Callable[[Path], str], ...]] = {
+    "README.md": (progress, earlier, leaks, copies),
+    "results/published/few_images/p0.md": (trials, pixels),
+}
+
+
+def write(name: str, text: str, results: Path) -> str:
+    """The text of one of `TEXTS` with every block written anew.
 
     Raises:
-        ValueError: a block has no end or a name that is not in `BLOCKS`, or one of `BLOCKS` is missing.
+        ValueError: a block has no end or another name, or one is missing.
     """
-    names = re.findall(r"<!-- (\w+) -->\n", text)
-    if sorted(name for name in names if name != "end") != sorted(BLOCKS) or names[1::2] != ["end"] * len(BLOCKS):
+    blocks = {block.__name__: block for block in TEXTS[name]}
+    found = re.findall(r"<!-- (\w+) -->\n", text)
+    if sorted(found[::2]) != sorted(blocks) or found[1::2] != ["end"] * len(blocks):
         raise ValueError(
-            f"README must hold each of the blocks {', '.join(BLOCKS)} once, with its end (found {', '.join(names)})"
+            f"{name} must hold each of the blocks {', '.join(blocks)} once, with its end (found {', '.join(found)})"
         )
-    for name, block in BLOCKS.items():
+    for block, written in blocks.items():
         text = re.sub(
-            rf"<!-- {name} -->\n.*?<!-- end -->", f"<!-- {name} -->\n{block(results)}\n<!-- end -->", text, flags=re.S
+            rf"<!-- {block} -->\n.*?<!-- end -->", f"<!-- {block} -->\n{written(results)}\n<!-- end -->", text, flags=re.S
         )
     return text

@@ -39,6 +39,15 @@ def test_seconds_are_those_of_all_steps_of_all_epochs(epochs, batch_size, batch,
     assert seconds == pytest.approx(epochs * (120 * 3 + 60 * 1) / batch)  # 120 training and 60 validation images
 
 
+def test_a_run_of_a_plan_names_its_recipe_as_a_dict_and_its_draw(timed, monkeypatch, digits):
+    asked = []
+    monkeypatch.setattr(estimate.data, "load", lambda name, root, **which: asked.append(which) or digits)
+    own = {"recipe": {"name": "nano", "epochs": 5, "batch_size": 4}, "draws": 3, "draw": 1}
+    left = {key: value for key, value in PARAMETERS.items() if key not in ("epochs", "batch_size")}
+    assert estimate.seconds(left | own) == pytest.approx(5 * (120 * 3 + 60 * 1) / 4)
+    assert (asked[0]["draws"], asked[0]["draw"]) == (3, 1)
+
+
 def test_a_step_trains_the_student_and_asks_the_teacher_once(timed, monkeypatch):
     students, teachers = [], []
 

@@ -10,15 +10,17 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hdkd_lib import readme
+from hdkd_lib import packing, readme
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PUBLISHED = sorted(path for path in (ROOT / "results" / "published").glob("*") if path.is_dir())
+PUBLISHED = sorted(path.parent for path in (ROOT / "results" / "published").glob("*/manifest.json"))
+PACKED = sorted(path.parent for path in (ROOT / "results" / "published").glob("*/runs.json"))
 
 
 def requirements() -> dict[str, Requirement]:
@@ -89,21 +91,41 @@ def test_the_manifest_names_every_published_file_with_its_hash(folder):
     assert listed == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in present.items()}
 
 
-def test_the_numbers_in_readme_are_those_of_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme.write(text, ROOT / "results") == text, "make readme"
+@pytest.mark.parametrize("name", readme.TEXTS)
+class TestText:
+    def test_its_numbers_are_those_of_results(self, name):
+        text = (ROOT / name).read_text()
+        assert readme.write(name, text, ROOT / "results") == text, "make readme"
+
+    def test_a_changed_number_is_noticed(self, name):
+        text = (ROOT / name).read_text()
+        for block in readme.TEXTS[name]:
+            start = text.index(f"<!-- {block.__name__} -->")
+            digit = re.search(r"\d", text[start:]).start() + start
+            changed = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
+            assert readme.write(name, changed, ROOT / "results") == text
+
+    def test_without_one_of_its_blocks_it_is_refused(self, name):
+        block, text = readme.TEXTS[name][-1].__name__, (ROOT / name).read_text()
+        for broken in (
+            text.replace(f"<!-- {block} -->\n", ""),
+            text.replace("<!-- end -->\n", "", 1),
+            text.replace(block, "x"),
+        ):
+            with pytest.raises(ValueError, match=r"must hold each of the blocks .* once, with its end"):
+                readme.write(name, broken, ROOT / "results")
 
 
-def test_a_changed_number_in_readme_is_noticed():
-    text = (ROOT / "README.md").read_text()
-    for name in readme.BLOCKS:
-        start = text.index(f"<!-- {name} -->")
-        digit = re.search(r"\d", text[start:]).start() + start
-        changed = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
-        assert readme.write(changed, ROOT / "results") == text, name
-
-
-@pytest.mark.parametrize("change", [("<!-- end -->", ""), ("<!-- leaks -->", "<!-- leak -->"), ("<!-- leaks -->\n", "")])
-def test_a_readme_without_its_blocks_is_refused(change):
-    with pytest.raises(ValueError, match="README must hold each of the blocks progress, earlier, leaks, copies once"):
-        readme.write((ROOT / "README.md").read_text().replace(*change, 1), ROOT / "results")
+@pytest.mark.parametrize("folder", PACKED, ids=lambda folder: folder.name)
+def test_packed_runs_are_of_one_commit_and_their_scores_follow_from_their_predictions(folder):
+    packed = packing.read(folder)
+    assert len({run["environment"]["commit"] for run in packed.values()}) == 1
+    assert not [name for name, run in packed.items() if run["environment"]["uncommitted_changes"]]
+    predictions, splits = (pd.read_csv(folder / f"{name}.csv.gz", dtype={"id": str}) for name in ("predictions", "splits"))
+    tested = {split: set(of.id) for split, of in splits[splits.part == "test"].groupby("split")}
+    for name, run in packed.items():
+        assert run["job"]["plan"] == folder.name
+        own = predictions[predictions.id.isin(tested[run["config"]["data"]["split"]])]
+        for which in ("last", "best"):
+            accuracy = (own[f"{name} {which} class"] == own.label).mean()
+            assert accuracy == pytest.approx(run["metrics"][which]["test"]["accuracy"], abs=1e-6)
