@@ -35,17 +35,18 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real(temporary_folders) -> Callable[[str], Data]:
-    """`real(name)`: a real data set of 32 px, where HDKD_DATA holds it."""
+def real(temporary_folders) -> Callable[..., Data]:
+    """`real(name, **options of load)`: a real data set of 32 px, where HDKD_DATA holds it."""
     loaded = {}
 
-    def real(name: str) -> Data:
+    def real(name: str, **options) -> Data:
+        key = (name, *options.items())
         if not REAL_DATA:
             pytest.skip("HDKD_DATA is not set")
         try:
-            loaded[name] = loaded.get(name) or load(name, REAL_DATA, image_size=32)
+            loaded[key] = loaded.get(key) or load(name, REAL_DATA, image_size=32, **options)
         except FileNotFoundError as absent:
             pytest.skip(str(absent))
-        return loaded[name]
+        return loaded[key]
 
     return real

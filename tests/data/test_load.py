@@ -253,6 +253,18 @@ def test_no_lesion_of_ham10000_crosses_the_parts(real):
     assert data.card["images_without_row"] == 0
 
 
+def test_no_lesion_of_ham10000_is_in_two_draws(real):
+    draws = [real("ham10000", fold=1, draws=10, draw=k) for k in range(10)]
+    lesion = dict(zip(draws[0].source.ids, draws[0].source.groups, strict=True))
+    parts = [data.train for data in draws] + [draws[0].val, draws[0].test]
+    assert sum(map(len, parts)) == 10_015
+    lesions = [{lesion[i] for i in part.ids} for part in parts]
+    assert sum(map(len, lesions)) == len(set.union(*lesions)) == 7470
+    assert draws[0].val.labels.bincount().tolist() == [50] * 7
+    assert len({len(data.train) for data in draws}) <= 2
+    assert len({data.config["split"] for data in draws}) == 10
+
+
 def test_imagenette_has_a_published_split_of_ten_named_classes(real):
     data = real("imagenette")
     assert len(data.classes) == 10
