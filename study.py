@@ -387,16 +387,14 @@ def _essence(job: dict | None) -> dict | None:
 
 def _take_published(expanded: dict, folder: Path) -> None:
     """Runs that are published, but not here, are taken as done; a teacher whose weights are needed will be trained again."""
-    from hdkd_lib import packing
-
     source = RESULTS / "published" / expanded["plan"]
+    published = json.loads((source / "runs.json").read_text()) if (source / "runs.json").exists() else {}
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
-    packed = {
-        name
-        for name, of in packing.read(source).items()
-        if name in jobs and {key: of["job"][key] for key in ("notebook", "parameters")}
-        == {key: json.loads(json.dumps(jobs[name][key])) for key in ("notebook", "parameters")}
-    }  # fmt: skip
+
+    def essence(job: dict) -> dict:
+        return json.loads(json.dumps({key: job[key] for key in ("notebook", "parameters")}))
+
+    packed = {name for name, run in published.items() if name in jobs and essence(run["job"]) == essence(jobs[name])}
     here = {name for name in jobs if (folder / name / "metrics.json").exists()}
     with_weights = {name for name in here if (folder / name / "last.safetensors").exists()}
     missing = set(jobs) - here - packed
@@ -406,6 +404,8 @@ def _take_published(expanded: dict, folder: Path) -> None:
         if name in packed:
             shutil.rmtree(folder / name)
     for name in sorted(packed - here - missing):
+        from hdkd_lib import packing
+
         packing.unpack(source, name, folder / name)
     for name in here - missing:
         if not (folder / name / "job.json").exists():

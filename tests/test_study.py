@@ -381,7 +381,9 @@ def published(plan, tmp_path, monkeypatch):
         for name in names:
             job = expanded["jobs"][name]
             packed[name] = {"job": {"notebook": job["notebook"], "parameters": job["parameters"] | parameters}}
-        monkeypatch.setattr("hdkd_lib.packing.read", lambda folder: packed)
+        folder = tmp_path / "results" / "published" / "tiny"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "runs.json").write_text(json.dumps(packed))
         monkeypatch.setattr("hdkd_lib.packing.unpack", lambda _, name, folder: finished(folder.parent, name))
         return expanded
 

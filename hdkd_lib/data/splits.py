@@ -133,7 +133,7 @@ def _cut(
 ) -> list[np.ndarray]:
     """`draws` disjoint sets of whole groups, as equal in every class as the groups allow."""
     groups = _groups(index, labels, number, np.random.default_rng((seed, draws)))
-    separate = sum((counts > 0).astype(int) for _, counts in groups)
+    separate = sum(((counts > 0).astype(int) for _, counts in groups), np.zeros(len(names), int))
     if separate.min() < draws:
         raise ValueError(
             f"class {names[separate.argmin()]!r} has {separate.min()} separate images to train on; draws must be at most that "

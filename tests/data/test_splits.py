@@ -254,6 +254,7 @@ def test_neither_order_nor_names_of_files_decide_a_draw(collection, random, draw
     assert kept == permuted
 
 
+@settings(max_examples=8)
 @given(st.integers(2, 9), st.integers(0, 9))
 def test_draws_of_separate_images_differ_by_one_of_a_class(draws, seed):
     labels = np.arange(330) % 3
@@ -282,6 +283,7 @@ def test_a_published_validation_part_serves_every_draw():
         ({"draws": 3, "draw": -1}, "there is no draw -1: 3 draws are 0 to 2"),
         ({"draw": 1}, "there is no draw 1: pass draws, too"),
         ({"draws": 2, "fraction": 0.5}, "draws and fraction both cut the training part"),
+        ({"draws": 2, "val_per_class": 99}, r"class 'a' has 0 separate images to train on; .* \(got 2\)"),
         ({"draws": 40, "val_per_class": 2}, r"class 'b' has 22 separate images to train on; .* \(got 40\)"),
     ],
 )
