@@ -12,10 +12,11 @@ os.environ["TQDM_DISABLE"] = "1"
 
 RESULTS = [f"{name}/metrics.json" for name, job in PLAN["jobs"].items() if not job["report"]]
 REPORTS = [name for name, job in PLAN["jobs"].items() if job["report"]]
-REPLICATES = {}
-for name, job in PLAN["jobs"].items():
-    if not job["report"]:
-        REPLICATES.setdefault(json.dumps(job["replicate"]), []).append(name)
+
+# Replicate by replicate, each in the plan's order: what a plan has not finished is then a replicate, not an arm of each.
+replicates = list(dict.fromkeys(json.dumps(job.get("replicate")) for job in PLAN["jobs"].values()))
+RUNS = [(name, job) for name, job in PLAN["jobs"].items() if not job["report"]]
+RUNS.sort(key=lambda run: replicates.index(json.dumps(run[1]["replicate"])))
 
 
 rule all: # every run by name: Snakemake does not miss the input of a report that is there
@@ -24,25 +25,23 @@ rule all: # every run by name: Snakemake does not miss the input of a report tha
         "reports.done",
 
 
-# A rule per replicate, since priorities belong to rules: what a plan has not finished is then a replicate, not an arm of each.
-# A teacher's date does not matter (`ancient`): study.py sets the students of a changed teacher aside.
-for number, names in enumerate(REPLICATES.values()):
+for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities belong to rules
 
     rule:
         name:
-            f"replicate{number}"
-        wildcard_constraints:
-            name="|".join(names),
-        input:
-            lambda wildcards: [ancient(f"{name}/metrics.json") for name in PLAN["jobs"][wildcards.name]["needs"]],
+            f"run{number}"
+        input: # whatever its date: study.py sets the students of a changed teacher aside
+            [ancient(f"{teacher}/metrics.json") for teacher in job["needs"]],
         output:
-            "{name}/metrics.json",
+            f"{folder}/metrics.json",
         log:
-            "{name}/run.ipynb",
-        priority: len(REPLICATES) - number
+            f"{folder}/run.ipynb",
+        params:
+            folder=folder,
+        priority: len(RUNS) - number
         threads: PLAN["threads"]
         shell:
-            "exec env OMP_NUM_THREADS={threads} {STUDY} {wildcards.name}"
+            "exec env OMP_NUM_THREADS={threads} {STUDY} {params.folder}"
 
 
 rule report:

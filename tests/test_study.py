@@ -417,15 +417,17 @@ def test_what_was_published_of_other_parameters_is_not_taken(published, tmp_path
 
 
 def test_replicates_run_one_after_the_other(fake):
-    """Each run notes when it ran; with one core, all of replicate 0 come before any of replicate 1."""
+    """Each run notes when it ran: with one core, in the order of replicates, then of arms."""
     notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
-    notebook.cells[1].source += f"\nwith open({str(fake / 'ORDER')!r}, 'a') as file: print(seed, file=file)"
+    notebook.cells[
+        1
+    ].source += f"\nwith open({str(fake / 'ORDER')!r}, 'a') as file: print(pathlib.Path(run_dir).name, file=file)"
     nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
-    runs = ", ".join(f"{arm}: {{notebook: 02_teacher}}" for arm in "abc")
+    runs = ", ".join(f"{arm}: {{notebook: 02_teacher}}" for arm in "bac")
     plan = fake / "notebooks" / "plans" / "order.yaml"
     plan.write_text(f"replicates: [{{seed: 1}}, {{seed: 0}}]\nruns: {{{runs}}}\nreports: []")
     command = [sys.executable, "study.py", "run", "order", "--cores", "1"]
     assert subprocess.run(command, cwd=fake, capture_output=True).returncode == 0
-    assert (fake / "ORDER").read_text().split() == ["1", "1", "1", "0", "0", "0"]
+    assert (fake / "ORDER").read_text().split() == [f"{arm}-seed{seed}" for seed in (1, 0) for arm in "bac"]
     job = json.loads((fake / "results" / "runs" / "order" / "b-seed0" / "job.json").read_text())
     assert (job["plan"], job["arm"], job["replicate"]) == ("order", "b", {"seed": 0})
