@@ -1,7 +1,8 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
 # make test                           ruff, pytest, and every notebook against its committed outputs
 # make lab                            open the notebooks
-# make publish PLAN=...               copy a finished plan to results/published/; PARTIAL=1: pack what is finished so far
+# make publish PLAN=...               pack a finished plan, its tables and figures into results/published/; PARTIAL=1: what is finished
+#                                     so far; MIXED=1: runs of several commits, too
 # make benchmark NAME=hdkd_step       time a step, or reading data (tests/benchmarks)
 # make readme                         write README's numbers anew from results/
 # make notebooks                      execute every notebook at its defaults, in place
@@ -23,11 +24,12 @@ dry-run: .venv/installed
 	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run
 
 publish: .venv/installed
-	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial)
+	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial) $(if $(MIXED),--mixed)
 
 benchmark: .venv/installed
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGUMENTS)
 
+benchmark: export PYTHONPATH = $(CURDIR)
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 

@@ -1,8 +1,8 @@
 """The batch: plans (notebooks/plans/*.yaml) checked, expanded into jobs, run by Snakemake and papermill, and published.
 
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
-    python study.py publish smoke           # copy what a reader needs to results/published/
-    python study.py publish smoke --partial # pack what is finished there, without tables and figures
+    python study.py publish smoke           # pack its runs, tables and figures into results/published/
+    python study.py publish smoke --partial # pack what is finished so far, without tables and figures
 
 A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, draw, fold), `threads` per run,
 `reports` (notebooks that show the result), and `runs`, its arms: parameters of run.ipynb (`seed` is added to the replicate's),
@@ -36,16 +36,15 @@ import psutil
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
-PUBLISHED_FILES = ("config.json", "environment.json", "history.csv", "predictions.csv", "metrics.json")
 ASKED = ("questions", "metric", "epoch", "smallest_difference")
 KEYS = ["extends", "parameters", "notebooks", "replicates", "threads", "runs", "reports", *ASKED]
 
 
 def expand(plan: str) -> dict:
-    """The plan as {"plan", "threads", "asked", "jobs": {name: job}}, without paths.
+    """The plan as {"plan", "threads", "content", "jobs": {name: job}}, without paths.
 
-    A job is {"notebook", "parameters", "needs", "report"}, and of a run "arm" and "replicate"; `asked` is what `questions`,
-    `metric`, `epoch` and `smallest_difference` say.
+    A job is {"notebook", "parameters", "needs", "report"}, and of a run "arm" and "replicate"; `content` is the plan's file
+    with what it takes from the plan that it extends.
 
     Raises:
         ValueError: unknown plan, notebook, arm, teacher or key, a parameter that the notebook does not have, an option that the
@@ -84,10 +83,13 @@ def expand(plan: str) -> dict:
         _known(name, [job["notebook"] for job in jobs.values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
         _check_parameters(name, job)
-    asked = {key: content[key] for key in ASKED if key in content}
-    _check_questions(plan, asked, list(arms))
+    _check_questions(plan, _asked(content), list(arms))
     _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"])
-    return {"plan": plan, "threads": content.get("threads", 1), "asked": asked, "jobs": jobs}
+    return {"plan": plan, "threads": content.get("threads", 1), "content": content, "jobs": jobs}
+
+
+def _asked(content: dict) -> dict:
+    return {key: content[key] for key in ASKED if key in content}
 
 
 def _merge(base: dict, own: dict) -> dict:
@@ -297,6 +299,7 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     finally:
         lock.release()
     if dry_run:
+        _print_power(expanded["content"])
         _print_times(expanded, folder, cores)
         return code
     for name, job in expanded["jobs"].items():
@@ -306,11 +309,27 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
         return 1
     reports = [folder / name for name, job in expanded["jobs"].items() if job["report"]]
     for report in reports:
-        for table in sorted(report.glob("*.md")):
+        for table in sorted(report.glob("*.md"), reverse=True):  # verdicts first
             print(table.read_text())
-    files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".png")]
+    files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".tex", ".png", ".pdf")]
     print("Tables and figures:", *files, sep="\n  ")
     return 0
+
+
+def _print_power(content: dict) -> None:
+    """What each contrast can show: the smallest difference that is found with 80 % power."""
+    from hdkd_lib import statistics
+
+    n, smallest = len(content["replicates"]), 100 * content.get("smallest_difference", 0)
+    for question in content.get("questions", {}).values() if n > 1 else []:
+        count = len(question["contrasts"])
+        found = statistics.detectable(1.0, n, contrasts=count)
+        print(f"\n{question['ask']} n = {n}, {count} contrast{'s' * (count > 1)}")
+        for words, (a, b) in question["contrasts"].items():
+            print(
+                f"  {a} - {b} ({words}): finds {found:.1f} standard deviations of the paired differences with 80 % power, "
+                f"{smallest:g} points if that is at most {smallest / found:.1f} points"
+            )
 
 
 def _print_times(expanded: dict, folder: Path, cores: int) -> None:
@@ -391,10 +410,9 @@ def _take_published(expanded: dict, folder: Path) -> None:
     published = json.loads((source / "runs.json").read_text()) if (source / "runs.json").exists() else {}
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
 
-    def essence(job: dict) -> dict:
-        return json.loads(json.dumps({key: job[key] for key in ("notebook", "parameters")}))
-
-    packed = {name for name, run in published.items() if name in jobs and essence(run["job"]) == essence(jobs[name])}
+    packed = {
+        name for name, run in published.items() if name in jobs and _configuration(run["job"]) == _configuration(jobs[name])
+    }
     here = {name for name in jobs if (folder / name / "metrics.json").exists()}
     with_weights = {name for name in here if (folder / name / "last.safetensors").exists()}
     missing = set(jobs) - here - packed
@@ -413,71 +431,109 @@ def _take_published(expanded: dict, folder: Path) -> None:
 
 
 def _note_changed_questions(expanded: dict, folder: Path) -> None:
-    """plan.json: what is asked, and how many runs were finished when that changed; every table then says so."""
-    file = folder / "plan.json"
-    content = json.loads(file.read_text()) if file.exists() else {"asked": expanded["asked"]}
-    if content["asked"] != json.loads(json.dumps(expanded["asked"])):
-        finished = sum((folder / name / "metrics.json").exists() for name in expanded["jobs"])
-        content = content | {"asked": expanded["asked"]} | ({"questions_changed_after": finished} if finished else {})
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    """plan.json: what the plan says, and how many runs were finished when its questions changed; every table then says so."""
+    file, content = folder / "plan.json", json.loads(json.dumps({"name": expanded["plan"], **expanded["content"]}))
+    before = json.loads(file.read_text()) if file.exists() else content
+    changed = before.get("questions_changed_after")
+    if before.get("asked", _asked(before)) != _asked(content):
+        changed = sum((folder / name / "metrics.json").exists() for name in expanded["jobs"]) or changed
+    file.write_text(json.dumps(content | ({"questions_changed_after": changed} if changed else {}), indent=1) + "\n")
 
 
-def publish_partial(plan: str) -> str:
-    """Packs the plan's finished runs, without weights, into results/published/PLAN (`hdkd_lib.packing`); says what is there."""
-    from hdkd_lib import packing
+def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
+    """Packs the plan's runs without weights into results/published/PLAN (`hdkd_lib.packing`), and says what is there.
+
+    A finished plan's report notebooks are executed on what was packed: tables and figures are those of the published files.
+
+    Args:
+        partial: pack the runs that are finished, without reports.
+        mixed: publish runs of several commits, of uncommitted changes or of other parameters than the plan's, too; every table
+            says so.
+
+    Raises:
+        FileNotFoundError: a run of the plan is not finished.
+        ValueError: the runs are of several commits, of uncommitted changes or not of this plan, and `mixed` is not said.
+    """
+    from hdkd_lib import packing, runs
 
     expanded = expand(plan)
     source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     finished = {name: source / name for name in jobs if (source / name / "metrics.json").exists()}
+    missing = [name for name in jobs if name not in finished and name not in runs.packed(target)]
+    if missing and not partial:
+        raise FileNotFoundError(f"{plan} is not finished ({', '.join(missing)}); make study PLAN={plan}")
     for name, folder in finished.items():
         if not (folder / "job.json").exists():
             _write_job(folder, plan, jobs[name])
-    new = packing.pack(finished, target)
-    if new:
-        shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", target / "plan.yaml")
-    if (source / "plan.json").exists() and target.exists():
-        shutil.copyfile(source / "plan.json", target / "plan.json")
-    return f"{len(new)} runs packed anew, {len(packing.read(target).keys() & jobs.keys())} of {len(jobs)} in {target}"
-
-
-def publish(plan: str) -> Path:
-    """Copies a finished plan's metrics, histories, predictions, splits, tables and figures to results/published/PLAN.
-
-    Raises:
-        FileNotFoundError: a run of the plan is not finished.
-    """
-    expanded = expand(plan)
-    source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
-    names = [name for name, job in expanded["jobs"].items() if not job["report"]]
-    if unfinished := [name for name in names if not (source / name / "metrics.json").exists()]:
-        raise FileNotFoundError(f"{plan} is not finished ({', '.join(unfinished)}); make study PLAN={plan}")
     aside = target.with_name(f".{plan}")
     shutil.rmtree(aside, ignore_errors=True)
-    for name in names:
-        (aside / name).mkdir(parents=True)
-        for file in PUBLISHED_FILES:
-            shutil.copyfile(source / name / file, aside / name / file)
-        if (source / name / "job.json").exists():
-            shutil.copyfile(source / name / "job.json", aside / name / "job.json")
-        data = json.loads((source / name / "config.json").read_text())["data"]
-        named = {"fold": data["fold"], "fraction": data["fraction"]} | ({"draw": data["draw"]} if "draw" in data else {})
-        which = "".join(f"-{key}{value:g}" for key, value in named.items())
-        split = aside / "splits" / f"{data['dataset']}-{data['protocol']}{which}.csv"
-        split.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name / "split.csv", split)
-    for name in (name for name, job in expanded["jobs"].items() if job["report"]):
-        shutil.copytree(source / name, aside / name, ignore=shutil.ignore_patterns("*.ipynb"))
+    aside.mkdir(parents=True)
+    for file in ("runs.json", "history.csv.gz", "splits.csv.gz", "predictions.csv.gz"):
+        if (target / file).exists():
+            shutil.copyfile(target / file, aside / file)
+    new = packing.pack(finished, aside, expanded["content"].get("metric", "accuracy"), keep=jobs)
+    packed = runs.packed(aside)
+    if not packed or (not partial and packed.keys() != jobs.keys()):
+        raise FileNotFoundError(f"no predictions of {', '.join(jobs.keys() - packed.keys())}; make study PLAN={plan}")
+    content = {"name": plan, **expanded["content"]}
+    before = json.loads((source / "plan.json").read_text()) if (source / "plan.json").exists() else {}
+    content |= {key: before[key] for key in ("questions_changed_after",) if key in before}
+    if objections := _objections(packed, jobs):
+        if not mixed:
+            raise ValueError(f"{plan} is not published: {'; '.join(objections)}; repeat these runs, or say MIXED=1 (--mixed)")
+        content["mixed"] = objections
+    (aside / "plan.json").write_text(json.dumps(content, indent=1) + "\n")
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
-    files = sorted(file for file in aside.rglob("*") if file.is_file())
-    manifest = {
-        "plan": plan,
-        "files": {f.relative_to(aside).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
-    }
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return target
+    if partial:
+        for file in aside.iterdir():
+            target.mkdir(exist_ok=True)
+            file.replace(target / file.name)
+        aside.rmdir()
+    else:
+        _report(aside, expanded)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    return f"{len(new)} runs packed anew, {len(packed)} of {len(jobs)} in {target}"
+
+
+def _objections(packed: dict, jobs: dict) -> list[str]:
+    """Why these runs should not stand in one table."""
+    found = []
+    commits = {str(run["environment"].get("commit"))[:12] for run in packed.values()}
+    if len(commits) > 1:
+        found.append(f"its runs are of {len(commits)} commits ({', '.join(sorted(commits))})")
+    if changed := [name for name, run in packed.items() if run["environment"].get("uncommitted_changes")]:
+        found.append(f"{len(changed)} runs had uncommitted changes ({changed[0]}, ...)")
+    if other := [
+        name for name, run in packed.items() if name in jobs and _configuration(run["job"]) != _configuration(jobs[name])
+    ]:
+        found.append(f"{len(other)} runs have other parameters than the plan ({other[0]}, ...)")
+    return found
+
+
+def _configuration(job: dict) -> dict:
+    """What a job trains, as JSON reads it."""
+    return json.loads(json.dumps({key: job[key] for key in ("notebook", "parameters")}))
+
+
+def _report(folder: Path, expanded: dict) -> None:
+    """Executes the plan's report notebooks on the packed runs in `folder`, and writes the manifest of its files."""
+    import nbformat
+    import papermill
+
+    for name, job in expanded["jobs"].items():
+        if job["report"]:
+            executed, parameters = folder / f"{job['notebook']}.ipynb", job["parameters"] | {"results": ".", "out": name}
+            options = {"kernel_name": "python3", "progress_bar": False, "cwd": str(folder)}
+            notebook = papermill.execute_notebook(str(NOTEBOOKS / executed.name), str(executed), parameters, **options)
+            del notebook.metadata["papermill"]  # paths of this machine
+            for cell in notebook.cells:
+                cell.metadata.pop("papermill", None)
+            nbformat.write(notebook, executed)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    digests = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (folder / "manifest.json").write_text(json.dumps({"plan": expanded["plan"], "files": digests}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -487,9 +543,10 @@ def main() -> int:
     command.add_argument("plan")
     command.add_argument("--cores", type=int, default=os.cpu_count())
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
-    command = commands.add_parser("publish", help="copy a finished plan to results/published/")
+    command = commands.add_parser("publish", help="pack a finished plan, its tables and figures into results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
+    command.add_argument("--mixed", action="store_true", help="runs of several commits, too; every table says so")
     commands.add_parser("readme", help="write the numbers in README.md and p0.md anew from results/")
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
@@ -504,7 +561,7 @@ def main() -> int:
             for name in readme.TEXTS:
                 (ROOT / name).write_text(readme.write(name, (ROOT / name).read_text(), ROOT / "results"))
         elif arguments.command == "publish":
-            print(publish_partial(arguments.plan) if arguments.partial else publish(arguments.plan))
+            print(publish(arguments.plan, partial=arguments.partial, mixed=arguments.mixed))
         else:
             execute(arguments.jobs_file, arguments.name)
     except (ValueError, RuntimeError, OSError) as error:

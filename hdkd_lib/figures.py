@@ -1,7 +1,12 @@
-"""Figures, all in one style. Each function draws on axes of its own and returns the figure, which pyplot does not keep."""
+"""Figures, all in one style. Each function draws on axes of its own and returns the figure, which pyplot does not keep.
+
+A method has one colour and one marker everywhere (`STYLES`). Figures are at most `WIDTH` inches wide and no text is smaller
+than `SMALL` points, which is ten pixels on a page of 830.
+"""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,10 +19,39 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
+from hdkd_lib import tables
 from hdkd_lib.statistics import interval
-from hdkd_lib.tables import METRICS
+from hdkd_lib.tables import METRICS, title
 
-PALETTE = sns.color_palette("colorblind")
+# By the first word of an arm's name: colour (at least 3:1 against white) and marker. The marker tells them apart in grey.
+STYLES = {
+    "teacher": ("#1a1a1a", "s"),
+    "student": ("#0072b2", "o"),
+    "hdkd": ("#d55e00", "^"),
+    "vit": ("#5b8c00", "D"),
+    "deit": ("#8a2be2", "v"),
+    "cskd": ("#c2185b", "P"),
+    "mhca": ("#00868b", "X"),
+    "dearkd": ("#5d2e0c", "*"),
+    "data": ("#7a7a7a", "h"),
+}
+SPARE = (("#3f51b5", "<"), ("#a0740b", ">"), ("#2e6b34", "p"), ("#b23a3a", "d"), ("#555f8a", "H"), ("#8f4f8f", "8"))
+PALETTE = [color for color, _ in STYLES.values() if color != STYLES["teacher"][0]]
+WIDTH, SMALL = 10.0, 9
+
+
+def styles(arms: Sequence[str]) -> dict[str, dict]:
+    """Colour and marker of every arm, by its method; further arms of one method are hollow, then half filled."""
+    found, used, spare = {}, {}, iter(SPARE * len(arms))
+    for arm in dict.fromkeys(arms):
+        words = arm.lower().replace("-", "_").split("_")
+        key = {"alone": "student", "synthetic": "data"}.get(first := words[0].split(" ")[0], first)
+        if key not in used:
+            used[key] = [*(STYLES[key] if key in STYLES else next(spare)), 0]
+        color, marker, count = used[key]
+        used[key][2] += 1
+        found[arm] = {"color": color, "marker": marker, "fillstyle": ("full", "none", "left", "right")[count % 4]}
+    return found
 
 
 def set_style() -> None:
@@ -30,7 +64,8 @@ def set_style() -> None:
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "svg.hashsalt": "hdkd",  # the same figure gives the same file
+            "legend.fontsize": SMALL,
+            "pdf.fonttype": 42,  # text stays text
         }
     )
     if (shell := get_ipython()) is not None:
@@ -38,19 +73,21 @@ def set_style() -> None:
         shell.display_formatter.formatters["image/png"].for_type(Figure, _light_png)
 
 
-def _light_png(figure: Figure) -> bytes:
-    """A third of the usual bytes, by 256 colours: notebooks are committed with their figures."""
-    whole, light = io.BytesIO(), io.BytesIO()
-    figure.savefig(whole, format="png", dpi=figure.dpi, bbox_inches="tight")
-    Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(light, format="png", optimize=True)
+def _light_png(figure: Figure, dpi: float | None = None) -> bytes:
+    """A third of the usual bytes, by 256 colours: figures are committed."""
+    whole, light, dpi = io.BytesIO(), io.BytesIO(), dpi or figure.dpi
+    figure.savefig(whole, format="png", dpi=dpi, bbox_inches="tight")
+    few = Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(light, format="png", optimize=True, dpi=(dpi, dpi))
     return light.getvalue()
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure as PNG at 200 dpi and makes its folder."""
+    """Writes the figure as PNG at 200 dpi, and as PDF beside it, and makes their folder; equal figures give equal files."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    path.write_bytes(_light_png(figure, plt.rcParams["savefig.dpi"]))
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return path
 
 
@@ -64,7 +101,7 @@ def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_cl
             axis.axis("off")
             if row < len(chosen):
                 axis.imshow(chosen[row].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes[0, c].set_title(str(name).replace("_", "\n"), fontsize=9)
+        axes[0, c].set_title(str(name).replace("_", "\n"), fontsize=SMALL)
     return figure
 
 
@@ -100,9 +137,9 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
         for axis, side in zip(column, "ab", strict=True):
             axis.imshow(images[number[getattr(pair, side)]].permute(1, 2, 0).numpy(), interpolation="nearest")
             title = f"{getattr(pair, f'part_{side}')}\n{getattr(pair, f'label_{side}')}".strip().replace("_", " ")
-            axis.set_title(title, fontsize=8, color="C3" if pair.is_conflict else "black")
+            axis.set_title(title, fontsize=SMALL, color="C3" if pair.is_conflict else "black")
         place = {"transform": column[1].transAxes, "ha": "center", "va": "top"}
-        column[1].text(0.5, -0.04, f"{pair.kind}, {pair.bits} bits", fontsize=8, **place)
+        column[1].text(0.5, -0.04, f"{pair.kind}, {pair.bits} bits", fontsize=SMALL, **place)
     return figure
 
 
@@ -129,8 +166,8 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
         links: (part above, part below) and what is written on the arrow between them.
     """
     columns = max(len(parts) for parts in networks.values())
-    figure, axis = _subplots(figsize=(1.3 * columns + 1, 4.6))
-    axis.set(xlim=(-1, columns - 0.6), ylim=(-3.6, 1.5))
+    figure, axis = _subplots(figsize=(1.3 * columns + 1, 4.8))
+    axis.set(xlim=(-1, columns - 0.6), ylim=(-3.7, 1.6))
     axis.axis("off")
     largest = max(part["shape"][-1] for parts in networks.values() for part in parts if len(part["shape"]) == 3)
     boxes = {}
@@ -145,8 +182,8 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
             shape = "{}×{}×{}".format(*part["shape"]) if kind == 3 else " × ".join(map(str, part["shape"]))
             gflops = f"{part['gflops']:.2g} GFLOPs" if part["gflops"] >= 1e-3 else "< 0.001 GFLOPs"
             label = f"{shape}\n{part['parameters']:,} par.\n{gflops}"
-            axis.text(x, y, part["name"].replace("_", "\n"), ha="center", va="center", fontsize=8)
-            place = {"va": "top" if below else "bottom", "ha": "center", "fontsize": 7, "color": "0.3"}
+            axis.text(x, y, part["name"].replace("_", "\n"), ha="center", va="center", fontsize=SMALL)
+            place = {"va": "top" if below else "bottom", "ha": "center", "fontsize": SMALL, "color": "0.3"}
             axis.text(x, y - 0.68 if below else y + 0.68, label, **place)
             if x and (kind > 1 or part["shape"] != parts[x - 1]["shape"]):  # two heads stand side by side
                 axis.annotate("", (x - 0.32, y), (x - 0.68, y), arrowprops={"arrowstyle": "->", "color": "0.6"})
@@ -154,7 +191,7 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
         start, end = boxes[0, above], boxes[1, below]
         axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": PALETTE[3], "lw": 1.5, "ls": "--"})
         middle = [(a + b) / 2 for a, b in zip(start, end, strict=True)]
-        axis.text(*middle, text, color=PALETTE[3], fontsize=8, ha="center", va="center", backgroundcolor="white")
+        axis.text(*middle, text, color=PALETTE[3], fontsize=SMALL, ha="center", va="center", backgroundcolor="white")
     return figure
 
 
@@ -197,19 +234,21 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 
 def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Training loss (divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
-    figure, axes = _subplots(1, 3, figsize=(11, 3))
+    figure, axes = _subplots(1, 3, figsize=(10, 3.1))
+    styled = styles(list(histories))
     for i, (name, history) in enumerate(histories.items()):
         style = {"label": name, "linestyle": ("-", "--", "-.", ":")[i % 4]}  # one may lie on another
+        style |= styled[name] | {"markevery": max(1, len(history) // 6), "ms": 5}
         axes[0].plot(history.epoch + 1, history.train_loss / history.train_loss.iloc[0], **style)
         axes[1].plot(history.epoch + 1, history.val_nll, **style)
         axes[2].plot(history.epoch + 1, 100 * history.val_balanced_accuracy, **style)
-    for axis, title in zip(
-        axes, ("training loss / first epoch's", "validation cross-entropy", "validation balanced accuracy (%)"), strict=True
-    ):
-        axis.set(title=title, xlabel="epoch")
+    shown = ("training loss / first epoch's", "validation cross-entropy", "validation balanced accuracy (%)")
+    for axis, words in zip(axes, shown, strict=True):
+        axis.set(xlabel="epoch")
+        axis.set_title(words, fontsize=SMALL + 1)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[2].set_ylim(top=100)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=6)
     return figure
 
 
@@ -233,32 +272,121 @@ def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> F
     """Feature agreement with the teacher (linear CKA) per stage, one group of bars per stage."""
     rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
     figure, axis = _subplots(figsize=(5.5, 3))
-    sns.barplot(pd.DataFrame(rows, columns=["stage", "student", "CKA"]), x="stage", y="CKA", hue="student", ax=axis)
+    colors = {name: style["color"] for name, style in styles(list(scores)).items()}
+    table = pd.DataFrame(rows, columns=["stage", "student", "CKA"])
+    sns.barplot(table, x="stage", y="CKA", hue="student", palette=colors, ax=axis)
     axis.set(ylim=(0, 1), ylabel="linear CKA with the teacher", xlabel="")
     sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(scores), title=None, frameon=False)
     return figure
 
 
-def comparison(frame: pd.DataFrame, metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc")) -> Figure:
-    """Test metrics by kind of run: a dot per replicate, one seed and fold joined, mean and 95 % t interval in black."""
+def comparison(
+    frame: pd.DataFrame,
+    metrics: Sequence[str] = ("balanced_accuracy", "accuracy", "macro_auroc"),
+    baselines: pd.DataFrame | None = None,
+) -> Figure:
+    """Test metrics by arm at the last epoch: an open mark per replicate, its runs joined, mean and 95 % t interval in black.
+
+    Args:
+        frame: of `runs.load`.
+        baselines: of `tables.baselines`: their means are dashed lines.
+    """
     names = list(dict.fromkeys(frame.run))
-    width = max(3.6, 0.5 * len(names))
-    figure, axes = _subplots(1, len(metrics), figsize=(width * len(metrics), 3.4), squeeze=False)
+    styled = styles(names)
+    figure, axes = _subplots(1, len(metrics), figsize=(WIDTH, max(3.2, 0.3 * len(names) + 1.2)), squeeze=False, sharey=True)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for color, (_, replicate) in zip(_cycle(), frame.groupby(["seed", "fold"]), strict=False):
-            values = replicate.set_index("run")[metric].reindex(names) * 100
-            axis.plot(range(len(names)), values, "-", color="0.8", lw=1, zorder=1)
-            label = f"seed {replicate.seed.iloc[0]}, fold {replicate.fold.iloc[0]}"
-            axis.scatter(range(len(names)), values, s=26, color=color, label=label, zorder=2)
-        for x, name in enumerate(names):
-            estimate = interval(frame[frame.run == name][metric])
-            half = None if np.isnan(estimate.half_width) else 100 * estimate.half_width
-            axis.errorbar(x + 0.22, 100 * estimate.mean, half, fmt="_", color="black", ms=10, capsize=3, zorder=3)
-        low, high = axis.get_ylim()  # an interval of few runs may reach beyond what the metric can be
-        axis.set(title=f"{METRICS[metric]} (%)", xlim=(-0.4, len(names) - 0.4), ylim=(max(low, 0), min(high, 101)))
-        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
-        axis.set_xticks(range(len(names)), names, **slanted)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8)
+        values = frame.assign(score=100 * frame[f"last_{metric}"])
+        for _, replicate in values.groupby("replicate"):
+            own = replicate.set_index("run").score.reindex(names)
+            axis.plot(own, range(len(names)), "-", color="0.85", lw=0.8, zorder=1)
+        for y, name in enumerate(names):
+            scores, style = values[values.run == name].score, styled[name] | {"fillstyle": "none"}
+            axis.plot(scores, [y] * len(scores), ls="", ms=6, **style, zorder=2)
+            estimate = interval(scores)
+            half = None if np.isnan(estimate.half_width) else estimate.half_width
+            axis.errorbar(estimate.mean, y + 0.25, xerr=half, fmt="|", color="black", ms=8, capsize=2, zorder=3)
+        low, high = axis.get_xlim()  # an interval of few runs may reach beyond what the metric can be
+        _baselines(axis, baselines, metric, vertical=True)
+        axis.set(xlabel=f"{METRICS[metric]} (%)", xlim=(max(low, 0), min(high, 101)))
+        _arrows(axis, [(interval(values[values.run == name].score), y + 0.25) for y, name in enumerate(names)])
+    axes[0, 0].set_yticks(range(len(names)), [title(name) for name in names])
+    axes[0, 0].invert_yaxis()
+    count = frame.groupby("run").size()
+    runs = f"{count.min()}" if count.min() == count.max() else f"{count.min()} to {count.max()}"
+    if baselines is not None:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    figure.suptitle(f"test images, last epoch; {runs} replicates", fontsize=SMALL + 1)
+    return figure
+
+
+def contrasts(table: pd.DataFrame, smallest: float = 0.0, metric: str = "") -> Figure:
+    """Differences of two arms in percentage points: every replicate an open mark, the mean with its interval, the verdict.
+
+    Args:
+        table: of `tables.contrasts`, or of `tables.ablations`.
+        smallest: the smallest difference that matters, a grey band.
+        metric: what differs, for the axis, such as "accuracy at the last epoch".
+    """
+    is_asked = "claim" in table
+    labels = [
+        f"{title(row.a)} \N{MINUS SIGN} {title(row.b)}" if is_asked else f"{title(row.arm)}: {row.change}"
+        for row in table.itertuples()
+    ]
+    styled = styles([row.a if is_asked else row.arm for row in table.itertuples()])
+    ends = [100 * (abs(r.mean) + (0 if np.isnan(r.half_width) else r.half_width)) for r in table.result if r]
+    each = [100 * abs(d) for r in table.result if r for d in r.differences]
+    limit = max([2.5 * np.median(ends), *each, 200 * smallest], default=1.0) if ends else max(200 * smallest, 1.0)
+    limit = 1.1 * min(limit, max([*ends, *each, 200 * smallest], default=limit))
+    figure, axis = _subplots(figsize=(WIDTH, 0.36 * len(table) + 1.2))
+    axis.axvspan(-100 * smallest, 100 * smallest, color="0.92", zorder=0, lw=0)
+    axis.axvline(0, color="0.4", lw=1, zorder=1)
+    marked = []
+    for y, row in enumerate(table.itertuples()):
+        text = row.verdict if isinstance(row.verdict, str) else ""
+        if row.result:
+            style = styled[row.a if is_asked else row.arm]
+            axis.plot(
+                [100 * d for d in row.result.differences], [y] * row.result.n, ls="", ms=6, **style | {"fillstyle": "none"}
+            )
+            half = None if np.isnan(row.result.half_width) else 100 * row.result.half_width
+            axis.errorbar(100 * row.result.mean, y, xerr=half, fmt="|", color="black", ms=10, capsize=3, lw=1.5, zorder=3)
+            marked.append((replace(row.result, mean=100 * row.result.mean, half_width=100 * row.result.half_width), y))
+            text = ", ".join(filter(None, [row.result.text, text, f"n = {row.result.n}"]))
+        axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL)
+    axis.set(xlim=(-limit, limit), ylim=(len(table) - 0.5, -0.5))
+    _arrows(axis, marked)
+    axis.set_yticks(range(len(table)), labels, fontsize=SMALL)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(
+        f"difference{f' of {metric}' * bool(metric)} (percentage points); grey: too small to matter"
+        if smallest
+        else f"difference{f' of {metric}' * bool(metric)} (percentage points)"
+    )
+    return figure
+
+
+def training_time(frame: pd.DataFrame, plan: Mapping, metric: str = "balanced_accuracy") -> Figure:
+    """A test metric at the last epoch against training time in units of the plain student's (`tables.times`).
+
+    A grey line is the teacher's own training, which comes before; the mark stands where both end, with a 95 % t interval.
+    """
+    times = tables.times(frame, plan)
+    styled = styles(list(times.index))
+    figure, axis = _subplots(figsize=(8, 4.2))
+    for arm, row in times[times.index.isin(frame.arm)].iterrows():
+        estimate = interval(100 * frame[frame.arm == arm][f"last_{metric}"])
+        half = None if np.isnan(estimate.half_width) else estimate.half_width
+        axis.plot([row.own, row.own + row.teacher], [estimate.mean] * 2, color="0.7", lw=2, zorder=1)
+        axis.errorbar(
+            row.own + row.teacher, estimate.mean, half, ls="", ms=8, capsize=3, label=title(arm), zorder=2, **styled[arm]
+        )
+    measured = times.attrs["measured"]
+    axis.set(xlabel=f"training time / the plain student's ({measured}); grey: its teacher's", ylabel=f"{METRICS[metric]} (%)")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    figure.legend(loc="outside right center")
     return figure
 
 
@@ -269,17 +397,18 @@ def schedules(weights: Mapping[str, Callable[[float], float]], chosen: str) -> F
     for name, weight in weights.items():
         axis.plot(progress, [weight(t) for t in progress], lw=3 if name == chosen else 1, label=name)
     axis.set(xlabel="progress of training", ylabel="weight of the local responses")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=SMALL)
     return figure
 
 
 def attention_distances(distances: Mapping[str, Tensor]) -> Figure:
     """Mean attention distance of every head (blocks, heads) by block: a dot per head, a line through the blocks' means."""
     figure, axis = _subplots(figsize=(5.5, 3.2))
-    for i, (color, (name, values)) in enumerate(zip(_cycle(), distances.items(), strict=False)):
+    styled = styles(list(distances))
+    for i, (name, values) in enumerate(distances.items()):
         blocks = np.arange(1, len(values) + 1) + 0.08 * (i - (len(distances) - 1) / 2)
-        axis.plot(blocks, values.mean(1), color=color, label=name)
-        axis.scatter(blocks.repeat(values.shape[1]), values.flatten(), s=14, color=color, alpha=0.5)
+        axis.plot(blocks, values.mean(1), label=name, **styled[name])
+        axis.scatter(blocks.repeat(values.shape[1]), values.flatten(), s=14, color=styled[name]["color"], alpha=0.5)
     axis.set(xlabel="block", ylabel="mean attention distance (pixels)")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -303,107 +432,126 @@ def heatmaps(rows: Mapping[str, Tensor], each: str = "map") -> Figure:
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for i, axis in enumerate(axes[0]):
-        axis.set_title(f"{each} {i}", fontsize=8)
+        axis.set_title(f"{each} {i}", fontsize=SMALL)
     return figure
 
 
 def layer_gaps(gaps: Mapping[str, Sequence[Mapping]]) -> Figure:
     """How far images are from what every batch norm remembers, by `inversion.statistics_gap`: means and variances, by layer."""
-    figure, axes = _subplots(1, 2, figsize=(11, 3))
+    figure, axes = _subplots(1, 2, figsize=(10, 3))
+    styled = styles(list(gaps))
     for axis, statistic, label in zip(
         axes, ("mean", "var"), ("means: RMS difference / running std", "variances: mean |log ratio|"), strict=True
     ):
         for name, rows in gaps.items():
-            axis.plot(range(1, len(rows) + 1), [row[statistic] for row in rows], marker=".", label=name)
+            axis.plot(range(1, len(rows) + 1), [row[statistic] for row in rows], ms=4, label=name, **styled[name])
         axis.set(xlabel="batch norm, from first to last", title=label)
         _log_scale(axis)
     axes[0].legend()
     return figure
 
 
-def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy") -> Figure:
-    """A test metric by the share of the training images, per kind of run: means and their 95 % t intervals."""
-    figure, axis = _subplots(figsize=(6.5, 3.6))
-    kinds = list(dict.fromkeys(frame.kind))
-    for i, (color, kind) in enumerate(zip(_cycle(), kinds, strict=False)):
-        groups = frame[frame.kind == kind].groupby("fraction")[metric]
-        places = np.array(sorted(groups.groups)) * 1.03 ** (i - (len(kinds) - 1) / 2)
-        estimates = [interval(values) for _, values in groups]
-        half = [0 if np.isnan(e.half_width) else 100 * e.half_width for e in estimates]
-        axis.errorbar(
-            100 * places, [100 * e.mean for e in estimates], half, color=color, marker="o", ms=4, capsize=3, label=kind
-        )
+def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines: pd.DataFrame | None = None) -> Figure:
+    """A test metric at the last epoch by the share of the training images, per arm: every replicate, means, 95 % t intervals.
+
+    Args:
+        frame: of `runs.load`.
+        baselines: of `tables.baselines`: their means are dashed lines.
+    """
+    figure, axis = _subplots(figsize=(8, 4))
+    arms, values = list(dict.fromkeys(frame.arm)), frame.assign(score=100 * frame[f"last_{metric}"])
+    styled, marked = styles(arms), []
+    for i, arm in enumerate(arms):
+        own, shift = values[values.arm == arm], 1.03 ** (i - (len(arms) - 1) / 2)
+        estimates = {share: interval(group) for share, group in own.groupby("fraction").score}
+        places = [100 * share * shift for share in estimates]
+        axis.plot(100 * own.fraction * shift, own.score, ls="", ms=4, alpha=0.6, **styled[arm] | {"fillstyle": "none"})
+        half = [0 if np.isnan(e.half_width) else e.half_width for e in estimates.values()]
+        axis.errorbar(places, [e.mean for e in estimates.values()], half, ms=6, capsize=3, label=title(arm), **styled[arm])
+        marked += list(zip(estimates.values(), places, strict=True))
     axis.set(xscale="log", xlabel="training images (%)", ylabel=f"{METRICS[metric]} (%)")
     ticks = sorted(100 * frame.fraction.unique())
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(max(axis.get_ylim()[0], 0), min(axis.get_ylim()[1], 101))
-    axis.legend(fontsize=8)
-    return figure
-
-
-def forest(table: pd.DataFrame, reference: str) -> Figure:
-    """Differences of `tables.ablations` to the reference run with their 95 % intervals, one line per change, in points."""
-    figure, axis = _subplots(figsize=(8, 0.28 * len(table) + 0.9))
-    groups = list(dict.fromkeys(table.parameters))
-    colors = sns.color_palette("husl", len(groups))
-    for y, row in enumerate(table.itertuples()):
-        width = 0 if np.isnan(row.difference_half_width) else 100 * row.difference_half_width
-        color = colors[groups.index(row.parameters)]
-        axis.errorbar(100 * row.difference, y, xerr=width, fmt="o", color=color, capsize=3, markersize=5)
-    axis.axvline(0, color="0.3", lw=1)
-    axis.set_yticks(range(len(table)), table.change, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"difference to {reference} (percentage points, 95 % paired interval)")
+    low, high = values.score.min(), values.score.max()
+    _baselines(axis, baselines, metric)
+    axis.set_ylim(max(low - 0.3 * (high - low) - 1, 0), min(high + 0.3 * (high - low) + 1, 101))
+    _arrows(axis, marked, vertical=True)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
 def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "val_balanced_accuracy") -> Figure:
-    """A history column in percent by epoch: every replicate thin, the mean of each kind of run thick."""
-    figure, axis = _subplots(figsize=(7.5, 3.4))
-    for color, (name, replicates) in zip(_cycle(), histories.items(), strict=False):
+    """A history column in percent by epoch: every replicate thin, the mean of each arm thick."""
+    figure, axis = _subplots(figsize=(8, 3.6))
+    styled = styles(list(histories))
+    for name, replicates in histories.items():
         for history in replicates:
-            axis.plot(history.epoch + 1, 100 * history[column], color=color, lw=0.4, alpha=0.3)
+            axis.plot(history.epoch + 1, 100 * history[column], color=styled[name]["color"], lw=0.4, alpha=0.3)
         mean = pd.concat(replicates).groupby("epoch")[column].mean()
-        axis.plot(mean.index + 1, 100 * mean, color=color, lw=2, label=f"{name} (mean of {len(replicates)})")
+        style = {"lw": 1.5, "ms": 5, "markevery": max(1, len(mean) // 6), **styled[name]}
+        axis.plot(mean.index + 1, 100 * mean, label=f"{title(name)} (mean of {len(replicates)})", **style)
     axis.set(xlabel="epoch", ylabel=f"{column.replace('val_', 'validation ').replace('_', ' ')} (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside right center")
     return figure
 
 
 def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[str]) -> Figure:
-    """Confusion matrices side by side: counts in the cells, colour by the share of the true class (rows).
+    """Confusion matrices: percent of the true class in the cells; the title says how many images they sum.
 
-    More than 30 classes are drawn without counts and names.
+    More than 12 classes are drawn without numbers, and more than 30 without names.
     """
-    is_few = len(classes) <= 30
-    names = [str(name).replace("_", "\n") for name in classes] if is_few else False
-    size = max(3.2, 0.55 * len(classes) + 1) if is_few else 6
-    columns = min(4, len(matrices))
-    rows = -(-len(matrices) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(size * columns + 0.8, size * rows), squeeze=False)
+    is_few = len(classes) <= 12
+    names = [str(name).replace("_", "\n") for name in classes] if len(classes) <= 30 else False
+    columns = min(3, len(matrices)) if len(classes) <= 12 else min(2, len(matrices))
+    rows, size = -(-len(matrices) // columns), min(WIDTH / columns, max(3.2, 0.4 * len(classes) + 1))
+    figure, axes = _subplots(rows, columns, figsize=(size * columns, (size + 0.3) * rows), squeeze=False)
     for axis in axes.flat[len(matrices) :]:
         axis.axis("off")
     for i, (axis, (name, counts)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
         counts = np.asarray(counts)
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         sns.heatmap(
-            counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=counts if is_few else None, fmt="d", cmap="Blues",
-            vmin=0, vmax=1, cbar=False, square=True, linewidths=0.5 if is_few else 0, annot_kws={"fontsize": 9}, ax=axis,
+            share, annot=100 * share if is_few else None, fmt=".0f", cmap="Blues",
+            vmin=0, vmax=1, cbar=False, square=True, linewidths=0.5 if is_few else 0, annot_kws={"fontsize": SMALL}, ax=axis,
             xticklabels=names, yticklabels=names if i % columns == 0 else False,
         )  # fmt: skip
-        if is_few:
-            axis.tick_params(axis="both", rotation=0, labelsize=8)
+        if names:
+            axis.tick_params(axis="both", rotation=0, labelsize=SMALL)
             _name_classes(axis, axis.get_xticks(), classes)
-        axis.set(title=name, xlabel="predicted", ylabel="true" if i % columns == 0 else "")
+        axis.set_title(f"{title(name)}\n{counts.sum():,} predictions, % of each true class", fontsize=SMALL)
+        axis.set(xlabel="predicted", ylabel="true" if i % columns == 0 else "")
     return figure
 
 
 def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
     """`plt.subplots` whose figure pyplot forgets: a notebook shows it once, where it is the value of a cell."""
-    figure, axes = plt.subplots(*arguments, **options)
+    width, height = options.pop("figsize")
+    scale = min(1, WIDTH / width)
+    figure, axes = plt.subplots(*arguments, figsize=(scale * width, scale * height), **options)
     plt.close(figure)
     return figure, axes
+
+
+def _baselines(axis: plt.Axes, baselines: pd.DataFrame | None, metric: str, vertical: bool = False) -> None:
+    """Mean scores of classifiers that train no network, as dashed lines; their scores stand in the legend."""
+    if baselines is None or metric not in baselines:
+        return
+    for i, (name, score) in enumerate((100 * baselines.groupby("classifier", sort=False)[metric].mean()).items()):
+        line = axis.axvline if vertical else axis.axhline
+        line(score, color="0.45", lw=1, ls=("--", ":", "-.", (0, (6, 2)))[i % 4], label=f"{name}: {score:.1f} %", zorder=0)
+
+
+def _arrows(axis: plt.Axes, marked: Sequence[tuple], vertical: bool = False) -> None:
+    """An arrow where an interval leaves the frame: (interval, place across it) of each."""
+    low, high = axis.get_ylim() if vertical else axis.get_xlim()
+    for of, place in marked:
+        for end, edge, sign in ((of.mean - of.half_width, low, -1), (of.mean + of.half_width, high, 1)):
+            if (edge - end) * sign < 0:
+                near = edge - 0.04 * sign * (high - low)
+                tip, tail = ((place, edge), (place, near)) if vertical else ((edge, place), (near, place))
+                axis.annotate("", tip, tail, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.5})
 
 
 def _log_scale(axis: plt.Axes) -> None:

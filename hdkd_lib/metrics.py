@@ -1,5 +1,9 @@
 """What is measured on a model's outputs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torchmetrics.functional.classification as M
 from torch import Tensor, nn
@@ -24,6 +28,80 @@ def classification(probabilities: Tensor, labels: Tensor) -> dict:
     }
     confusion = M.multiclass_confusion_matrix(probabilities, labels, C)
     return {name: round(value.item(), 6) for name, value in scores.items()} | {"confusion": confusion.tolist()}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of N images.
+
+    Attributes:
+        ids: (N,) names of the images.
+        labels, predicted: (N,) numbers of the true and of the most probable class.
+        confidence: (N,) probability of the latter, in [0, 1]; nan where it was not kept.
+        probabilities: (N, C), or None where only the former are kept.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, ids: Sequence[str], labels: Sequence[int], probabilities: np.ndarray) -> "Predictions":
+        probabilities = np.asarray(probabilities, float)
+        predicted = probabilities.argmax(1)
+        return cls(np.asarray(ids), np.asarray(labels, int), predicted, probabilities.max(1), probabilities)
+
+    def __getitem__(self, chosen: np.ndarray) -> "Predictions":
+        """Of some of the images, by a mask or by numbers."""
+        probabilities = None if self.probabilities is None else self.probabilities[chosen]
+        return Predictions(
+            self.ids[chosen], self.labels[chosen], self.predicted[chosen], self.confidence[chosen], probabilities
+        )
+
+
+def weighted(metric: str, of: Predictions, weights: np.ndarray | None = None) -> np.ndarray:
+    """(B,) values of a metric when the images count `weights` (B, N) times, as in B resamples; without them (1,), as they are.
+
+    accuracy, balanced_accuracy, macro_f1, macro_auroc and ece as in `classification`; classes without an image in a resample do
+    not count there.
+
+    Raises:
+        ValueError: another metric, or macro_auroc where only the predicted class is kept.
+    """
+    weights = np.ones((1, len(of.labels))) if weights is None else np.asarray(weights, float)
+    is_right, total = of.predicted == of.labels, weights.sum(1)
+    if metric == "accuracy":
+        return weights @ is_right / total
+    if metric == "ece":
+        number = np.clip(np.ceil(of.confidence * 15), 1, 15)
+        gaps = [weights @ np.where(number == i, of.confidence - is_right, 0.0) for i in range(1, 16)]
+        return np.abs(gaps).sum(0) / total
+    classes = np.unique(of.labels)
+    true, said = (classes[:, None] == side for side in (of.labels, of.predicted))  # (C, N) each
+    with np.errstate(invalid="ignore"):
+        if metric == "balanced_accuracy":
+            return np.nanmean([weights @ (of_class & is_right) / (weights @ of_class) for of_class in true], 0)
+        if metric == "macro_f1":
+            scores = [2 * (weights @ (t & s)) / (weights @ t + weights @ s) for t, s in zip(true, said, strict=True)]
+            return np.nanmean(scores, 0)
+        if metric == "macro_auroc":
+            if of.probabilities is None:
+                raise ValueError("macro_auroc needs the probabilities of all classes, and only the predicted class is kept")
+            return np.nanmean([_auroc(of.probabilities[:, c], of.labels == c, weights) for c in classes], 0)
+    raise ValueError(f"unknown metric {metric!r}; known: accuracy, balanced_accuracy, ece, macro_auroc, macro_f1")
+
+
+def _auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,): the share of pairs of a positive and a negative that `scores` order rightly; ties count half."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])  # of equal scores
+    positive, negative = (
+        np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (is_positive, ~is_positive)
+    )
+    below = np.cumsum(negative, 1) - negative / 2
+    return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

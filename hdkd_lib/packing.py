@@ -1,98 +1,106 @@
-"""Many finished runs in four small files, without weights, and back.
+"""Many finished runs in four small files, without weights, and back. `runs.Run` and `runs.load` read them as they read folders.
 
-    runs.json           by run: config, job, environment, metrics
+    runs.json           by run: config, job, environment, metrics, and split, the key of its split
     history.csv.gz      one row per run and epoch
-    predictions.csv.gz  one row per test image: id, label (index of its class), and per run and epoch (last, best) the index of
-                        the predicted class and its probability in percent
-    splits.csv.gz       one row per split and image: split (the hash in the runs' configurations), id, part
+    splits.csv.gz       one row per split and image: split, id, part, and group where images of one group stay together
+    predictions.csv.gz  one row per test image: id, label (index of its class), and columns per run and epoch (last, best).
+                        Of up to 2,000 test images the probability of every class ("RUN last 0", ...); of more the index of
+                        the predicted class ("RUN last class") and, at the last epoch, its probability in percent ("RUN last
+                        percent") and, where the plan's metric needs them, all probabilities in thousandths
 """  # fmt: skip
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from hdkd_lib.runs import Run, write_atomically, write_json
+from hdkd_lib.runs import PREDICTIONS, Run, packed, packed_table, write_atomically, write_json
 
-PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
 DOCUMENTS = ("config", "job", "environment", "metrics")  # files NAME.json of a run folder
+MANY = 2000  # test images: of more only the predicted class is kept
+OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "ece")  # metrics for which that suffices
 
 
-def read(folder: Path) -> dict[str, dict]:
-    """The packed runs by name: `config`, `job`, `environment` and `metrics` of each; none where nothing is packed."""
-    file = folder / "runs.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def pack(runs: Mapping[str, Path], folder: Path) -> list[str]:
+def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", keep: Collection[str] | None = None) -> list[str]:
     """Adds the runs in these folders to what is packed in `folder`, and returns their names.
 
     A run that is packed already with the same metrics, or that was unpacked from there, stays as it is.
+
+    Args:
+        folders: run folders by name.
+        metric: the plan's, which says whether predicted classes suffice.
+        keep: names of the runs that stay of what is packed there; None: all.
     """
-    packed = read(folder)
+    runs = {name: run for name, run in packed(folder).items() if keep is None or name in keep}
     new = {
-        name: path
-        for name, path in runs.items()
-        if (path / PREDICTIONS["last"]).exists() and packed.get(name, {}).get("metrics") != Run(path).metrics
+        name: Run(path)
+        for name, path in folders.items()
+        if (path / PREDICTIONS["best"]).exists() and runs.get(name, {}).get("metrics") != Run(path).metrics
     }
-    if not new:
+    if not new and len(runs) == len(packed(folder)):
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    histories, splits, predictions = (_table(folder, name) for name in ("history", "splits", "predictions"))
-    if histories is not None:
-        histories = histories[~histories.run.isin(new)]
-    for name, path in new.items():
-        run = Run(path)
-        packed[name] = {key: json.loads((path / f"{key}.json").read_text()) for key in DOCUMENTS}
-        histories = pd.concat([histories, run.history.assign(run=name)], ignore_index=True)
-        key = run.config["data"]["split"]
-        if splits is None or key not in set(splits.split):
-            splits = pd.concat([splits, pd.read_csv(path / "split.csv", dtype=str).assign(split=key)], ignore_index=True)
-        own = _compact(path, run.config["data"]["classes"]).add_prefix(f"{name} ")
-        predictions = (
-            own if predictions is None else predictions.drop(columns=own.columns, errors="ignore").join(own, how="outer")
-        )
-    histories.insert(0, "run", histories.pop("run"))
-    splits = splits[["split", "id", "part"]].sort_values(["split", "part", "id"])
-    for name, table in (("history", histories), ("splits", splits)):
-        _write(table, folder / f"{name}.csv.gz", index=False)
-    _write(predictions.sort_index().astype("Int16"), folder / "predictions.csv.gz")
-    write_json(folder / "runs.json", dict(sorted(packed.items())))  # last: what it does not name is packed anew
+    histories, splits, predictions = (packed_table(folder, name) for name in ("history", "splits", "predictions"))
+    old = runs.keys() - new.keys()
+    used = {runs[name].get("split", runs[name]["config"]["data"].get("split")) for name in old}
+    histories = [] if histories is None else [histories[histories.run.isin(old)]]
+    splits = {} if splits is None else {key: of for key, of in splits.groupby("split", sort=False) if key in used}
+    tables = [] if predictions is None else [predictions[[c for c in predictions if c.split(" ")[0] in old]]]
+    for name, run in new.items():
+        split = run.split
+        key = run.config["data"].get("split") or hashlib.sha256(split.to_csv(index=False).encode()).hexdigest()[:12]
+        runs[name] = {
+            name: json.loads((run.path / f"{name}.json").read_text()) for name in ("config", "environment", "metrics")
+        }
+        runs[name] |= {"job": run.job, "split": key}
+        histories.append(run.history.assign(run=name))
+        splits.setdefault(key, split.assign(split=key))
+        tables.append(_compact(run, metric).add_prefix(f"{name} "))
+    history, joined = pd.concat(histories, ignore_index=True), pd.concat(tables, axis=1).sort_index()
+    history.insert(0, "run", history.pop("run"))
+    joined.index = joined.index.set_names(["id", "label"])
+    whole = joined.columns[[not joined[c].dropna().mod(1).any() for c in joined]]
+    splits = pd.concat(splits.values(), ignore_index=True)
+    splits = splits[[c for c in ("split", "id", "part", "group") if c in splits]].sort_values(["split", "part", "id"])
+    _write(history, folder / "history.csv.gz", index=False)
+    _write(splits, folder / "splits.csv.gz", index=False)
+    _write(joined.astype(dict.fromkeys(whole, "Int16")), folder / "predictions.csv.gz")
+    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(of, separators=(',', ':'))}" for name, of in sorted(runs.items()))
+    # Last, since what it does not name is packed anew; a line per run.
+    write_atomically(folder / "runs.json", lambda aside: aside.write_text(f"{{\n{text}\n}}\n"))
     return list(new)
 
 
 def unpack(folder: Path, name: str, run_dir: Path) -> Path:
     """A run folder as it was packed: documents and history; without weights and predictions."""
+    run, documents = Run(folder / name), packed(folder)[name]
     run_dir.mkdir(parents=True, exist_ok=True)
-    history = _table(folder, "history")
-    history = history[history.run == name].drop(columns="run").dropna(axis=1, how="all")
-    write_atomically(run_dir / "history.csv", lambda aside: history.to_csv(aside, index=False))
-    documents = read(folder)[name]
+    write_atomically(run_dir / "history.csv", lambda aside: run.history.to_csv(aside, index=False))
     for key in DOCUMENTS:  # metrics last: then it is finished
         write_json(run_dir / f"{key}.json", documents[key])
     return run_dir
 
 
-def _compact(path: Path, classes: list[str]) -> pd.DataFrame:
-    """Class and confidence of both epochs by image."""
-    columns = {}
-    for which, file in PREDICTIONS.items():
-        table = pd.read_csv(path / file, dtype={"id": str, "label": str})
-        table["label"] = table.label.map(classes.index)
-        probabilities = table.set_index(["id", "label"])[classes]
-        columns[f"{which} class"] = pd.Series(probabilities.to_numpy().argmax(1), probabilities.index)
-        columns[f"{which} percent"] = (100 * probabilities.max(axis=1)).round().astype(int)
-    return pd.DataFrame(columns)
-
-
-def _table(folder: Path, name: str) -> pd.DataFrame | None:
-    file = folder / f"{name}.csv.gz"
-    if not file.exists():
-        return None
-    if name == "predictions":
-        return pd.read_csv(file, dtype={"id": str}).set_index(["id", "label"]).astype("Int16")
-    return pd.read_csv(file, dtype={"id": str, "split": str})
+def _compact(run: Run, metric: str) -> pd.DataFrame:
+    """What is kept of a run's predictions, by image."""
+    columns, index = {}, None
+    for epoch, file in PREDICTIONS.items():
+        if not (run.path / file).exists():  # of runs before the last epoch's were saved
+            continue
+        of = run.predictions(epoch)
+        index = pd.MultiIndex.from_arrays([of.ids, of.labels], names=["id", "label"])
+        by_class = {f"{epoch} {c}": column for c, column in enumerate(of.probabilities.T)}
+        if len(of.ids) <= MANY:
+            columns |= by_class
+            continue
+        columns[f"{epoch} class"] = of.predicted
+        if epoch == "last":
+            columns["last percent"] = np.round(100 * of.confidence)
+            columns |= {name: np.round(1000 * column) for name, column in by_class.items() if metric not in OF_CLASSES}
+    return pd.DataFrame(columns, index)
 
 
 def _write(table: pd.DataFrame, path: Path, index: bool = True) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from ruamel.yaml import YAML
 
-from hdkd_lib import packing, runs
-from hdkd_lib.statistics import paired
+from hdkd_lib import runs, tables
+from hdkd_lib.statistics import interval
 
 # Plan, what the plan compares, and the two arms whose difference it is.
 EARLIER = (
@@ -24,16 +23,25 @@ EARLIER = (
 )
 
 
+def verdicts(results: Path) -> str:
+    """The questions of `few_images` and what its runs say; the figure of contrasts, once there are verdicts."""
+    folder = results / "published" / "few_images"
+    frame, plan = runs.load(folder), runs.plan(folder)
+    table = tables.verdicts(frame, plan)[["claim", "contrast", "n", "difference", "verdict", "training time"]]
+    table["claim"] = table.claim.where(~table.claim.duplicated(), "")  # once for all contrasts of a question
+    text = table.to_markdown(index=False, disable_numparse=True)
+    figure = folder / "figures" / "contrasts.png"
+    return text + (f"\n\n![contrasts]({figure.relative_to(results.parent).as_posix()})" if figure.exists() else "")
+
+
 def progress(results: Path) -> str:
     """How much of `few_images` is finished."""
-    plan = YAML(typ="safe", pure=True).load(runs.ROOT / "notebooks" / "plans" / "few_images.yaml")
-    jobs = [of["job"] for of in packing.read(results / "published" / "few_images").values()]
-    done = {(job["arm"], json.dumps(job["replicate"])) for job in jobs}
-    replicates = [json.dumps(replicate) for replicate in plan["replicates"]]
-    complete = sum(all((arm, replicate) in done for arm in plan["runs"]) for replicate in replicates)
-    count = len(replicates) * len(plan["runs"])
-    finished = f"{complete} of its {len(replicates)} replicates are finished ({len(done)} of {count} runs)."
-    return f"{finished} Verdicts are given when all are, not before."
+    folder = results / "published" / "few_images"
+    plan, done = runs.plan(folder), runs.packed(folder).values()
+    arms = [json.dumps(of["job"]["replicate"]) for of in done]
+    count, complete = len(plan["replicates"]), sum(arms.count(json.dumps(of)) == len(plan["runs"]) for of in plan["replicates"])
+    finished = f"{complete} of {count} replicates are finished ({len(arms)} of {count * len(plan['runs'])} runs)."
+    return finished + " Verdicts are given when all are, not before." * (complete < count)
 
 
 def earlier(results: Path) -> str:
@@ -44,11 +52,21 @@ def earlier(results: Path) -> str:
         frame = frames[plan]
         pairs = frame[frame.run == a].merge(frame[frame.run == b], on=["seed", "fold", "fraction"], suffixes=("", "_b"))
         differences = [
-            f"{paired(pairs[column], pairs[f'{column}_b']):+}" for column in ("last_balanced_accuracy", "balanced_accuracy")
+            f"{interval(pairs[column] - pairs[f'{column}_b']):+}" for column in ("last_balanced_accuracy", "balanced_accuracy")
         ]
         rows.append([f"`{plan}`", words, len(pairs), *differences])
     columns = ["plan", "contrast", "n", "last epoch", "epoch chosen on validation"]
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
+
+
+def commits(results: Path) -> str:
+    """What each earlier plan is: its runs, the commits that they carry, and how to repeat it."""
+    rows = []
+    for plan in dict.fromkeys(plan for plan, *_ in EARLIER) | {"data_efficiency": None}:
+        frame = runs.load(results / "published" / plan)
+        carried = ", ".join(f"`{commit[:7]}`" for commit in sorted(set(frame.commit)))
+        rows.append([f"[{plan}](published/{plan})", frame.dataset.iloc[0], frame.arm.nunique(), len(frame), carried])
+    return pd.DataFrame(rows, columns=["plan", "images", "arms", "runs", "commits"]).to_markdown(index=False)
 
 
 def leaks(results: Path) -> str:
@@ -73,7 +91,7 @@ def copies(results: Path) -> str:
 def trials(results: Path) -> str:
     """P0 of `few_images`: what validation said of every trial; the test images are not looked at."""
     rows = []
-    for run in packing.read(results / "published" / "few_images_p0").values():
+    for run in runs.packed(results / "published" / "few_images_p0").values():
         method, recipe, last = run["config"]["method"], run["config"]["recipe"], run["metrics"]["last"]
         logits = f"{method['distill_type']}, tau {method['tau']:g}" if "distill_type" in method else ""
         scores = [f"{100 * of['accuracy']:.1f}" for of in (last["train"], last["val"], run["metrics"]["best"]["val"])]
@@ -99,8 +117,9 @@ def pixels(results: Path) -> str:
 
 # The blocks of each text, by its path in the repository.
 TEXTS: dict[str, tuple[Callable[[Path], str], ...]] = {
-    "README.md": (progress, earlier, leaks, copies),
-    "results/published/few_images/p0.md": (trials, pixels),
+    "README.md": (verdicts, progress, leaks, copies),
+    "results/README.md": (earlier, commits),
+    "results/few_images_p0.md": (trials, pixels),
 }
 
 

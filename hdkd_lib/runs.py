@@ -3,7 +3,7 @@
     config.json        everything that determines the run; its hash is the run's identity
     job.json           which plan, arm and replicate it is, where a plan ran it; not part of its identity
     environment.json   where and with what it ran
-    split.csv          id and part of every image used
+    split.csv          id, part and group of every image used; images of one group are never in two parts
     history.csv        one row per epoch
     predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class;
                        predictions_last.csv: weights of the last epoch
@@ -11,32 +11,34 @@
     checkpoint.pt      while it runs: all that is needed to go on
     run.ipynb          the executed notebook, where a plan ran it
     metrics.json       written last: a run is finished if it exists
+
+A published plan holds the same of all its runs in a few files (`hdkd_lib.packing`); `Run` and `load` read both.
 """  # fmt: skip
 
+import functools
 import hashlib
-import inspect
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
-from inspect import Parameter
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hdkd_lib import methods, models
-from hdkd_lib.recipes import Recipe
+from hdkd_lib import models
+from hdkd_lib.metrics import Predictions
 
 ROOT = Path(__file__).parents[1]
+PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
 
@@ -50,7 +52,10 @@ def results_dir() -> Path:
 
 def read_config(path: Path) -> dict:
     """A config.json, under the names of today."""
-    config = json.loads(path.read_text())
+    return _todays_names(json.loads(path.read_text()))
+
+
+def _todays_names(config: dict) -> dict:
     for section, names in OLD_NAMES.items():
         if section in config:
             config[section] = {names.get(key, key): value for key, value in config[section].items()}
@@ -81,13 +86,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 class Run:
-    """A run folder. `Run(path)` reads one; `Run.create(path, config)` starts or resumes one."""
+    """A run. `Run(path)` reads its folder, or what is packed of it beside; `Run.create(path, config)` starts or resumes one."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / "config.json").exists():
+        self._packed = None if (self.path / "config.json").exists() else packed(self.path.parent).get(self.path.name)
+        if self._packed is None and not (self.path / "config.json").exists():
             raise FileNotFoundError(f"{self.path} is no run folder: it has no config.json")
-        self.config = read_config(self.path / "config.json")
+        self.config = _todays_names(self._document("config"))
 
     @classmethod
     def create(cls, path: str | Path | None, config: dict) -> "Run":
@@ -126,7 +132,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / "metrics.json").exists()
+        return self._packed is not None or (self.path / "metrics.json").exists()
 
     @property
     def metrics(self) -> dict:
@@ -139,43 +145,69 @@ class Run:
         """
         if not self.is_finished:
             raise FileNotFoundError(f"the run {self.path} is not finished: start it again, it goes on from its last epoch")
-        return json.loads((self.path / "metrics.json").read_text())
+        return self._document("metrics")
 
     @property
     def job(self) -> dict:
-        """`plan`, `arm` and `replicate`; of a run without job.json, the arm is its folder's name without seed and fold."""
-        if (self.path / "job.json").exists():
-            return json.loads((self.path / "job.json").read_text())
-        return {"arm": self.path.name.rsplit("-seed", 1)[0], "replicate": {}}
+        """`plan`, `arm` and `replicate`; without a job.json the arm is read from the folder's name, ARM-seedS..."""
+        if self._has("job"):
+            return self._document("job")
+        kept = ("fold", "fraction") if self.config["data"].get("fraction", 1) < 1 else ("fold",)
+        replicate = {"seed": self.config["seed"]} | {key: self.config["data"].get(key) for key in kept}
+        return {"arm": self.path.name.rsplit("-seed", 1)[0], "replicate": replicate}
 
     @property
     def environment(self) -> dict:
-        return json.loads((self.path / "environment.json").read_text())
+        return self._document("environment")
 
     @property
     def history(self) -> pd.DataFrame:
-        return pd.read_csv(self.path / "history.csv")
+        """One row per epoch."""
+        if self._packed is None:
+            return pd.read_csv(self.path / "history.csv")
+        table = packed_table(self.path.parent, "history")
+        return table[table.run == self.path.name].drop(columns="run").dropna(axis=1, how="all").reset_index(drop=True)
 
     @property
-    def predictions(self) -> pd.DataFrame:
-        """Test part: id, label and one column of probabilities per class, by the weights of the best validation epoch."""
-        return pd.read_csv(self.path / "predictions.csv", dtype={"id": str})
+    def split(self) -> pd.DataFrame:
+        """id and part of every image used, and its group."""
+        if self._packed is None:
+            return pd.read_csv(self.path / "split.csv", dtype={"id": str})
+        table = packed_table(self.path.parent, "splits")
+        key = self._packed.get("split") or self.config["data"]["split"]
+        return table[table.split == key].drop(columns="split").dropna(axis=1, how="all")
 
-    @property
-    def settings(self) -> dict:
-        """What can be varied, flat: the method and its arguments, the student's options, the recipe; `teacher_...` is what the
-        teacher does not share with the student. What a run of an older version does not name had its default."""
-        method = dict(self.config["method"])
-        student, teacher = dict(method.pop("student")), method.pop("teacher", {})
-        method.pop("teacher_weights", None)
-        name = method.pop("name")
-        defaults = {field.name: field.default for field in fields(Recipe)}
-        defaults |= {key: p.default for key, p in inspect.signature(getattr(methods, name)).parameters.items()}
-        known = {
-            key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items() if v not in (MISSING, Parameter.empty)
-        }
-        own = {f"teacher_{key}": value for key, value in teacher.items() if student.get(key) != value}
-        return {**known, "method": name, "network": student.pop("name"), **self.config["recipe"], **method, **student, **own}
+    def predictions(self, epoch: str = "best") -> Predictions:
+        """Of the test part, by the weights of the "best" validation epoch or of the "last".
+
+        Raises:
+            FileNotFoundError: they are not there; runs before there was a choice kept those of the best epoch only.
+        """
+        classes = self.config["data"]["classes"]
+        if self._packed is None:
+            if not (self.path / PREDICTIONS[epoch]).exists():
+                raise FileNotFoundError(f"{self.path} holds no predictions of its {epoch} epoch")
+            table = pd.read_csv(self.path / PREDICTIONS[epoch], dtype={"id": str, "label": str})
+            probabilities = table[list(map(str, classes))].to_numpy()
+            return Predictions.of(table.id, table.label.map(list(map(str, classes)).index), probabilities)
+        table, own = packed_table(self.path.parent, "predictions"), f"{self.path.name} {epoch}"
+        columns = [f"{own} {c}" for c in range(len(classes))]
+        columns = [c for c in (*columns, f"{own} class", f"{own} percent") if c in table]
+        if not columns:
+            raise FileNotFoundError(f"{self.path.parent} holds no predictions of the {epoch} epoch of {self.path.name}")
+        table = table[columns].dropna().reset_index()
+        if columns[0] == f"{own} 0":
+            whole = table[columns[: len(classes)]].to_numpy(float)
+            return Predictions.of(table.id, table.label, whole if whole.max() <= 1 else whole / 1000)
+        predicted = table[f"{own} class"].to_numpy(int)
+        confidence = table[f"{own} percent"].to_numpy(float) / 100 if f"{own} percent" in table else np.full(len(table), np.nan)
+        return Predictions(table.id.to_numpy(), table.label.to_numpy(int), predicted, confidence)
+
+    def _has(self, name: str) -> bool:
+        return (self.path / f"{name}.json").exists() if self._packed is None else name in self._packed
+
+    def _document(self, name: str) -> dict:
+        return json.loads((self.path / f"{name}.json").read_text()) if self._packed is None else self._packed[name]
 
     def student(self, which: str = "best") -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".
@@ -184,7 +216,11 @@ class Run:
         """
         creation = self.config["method"]["student"]
         model = models.create(**{key: value for key, value in creation.items() if key != "pretrained"})
-        split = pd.read_csv(self.path / "split.csv", dtype={"id": str})
+        if self._packed is not None:
+            raise FileNotFoundError(
+                f"{self.path} is published without weights; train it: make study PLAN={self.path.parent.name}"
+            )
+        split = self.split
         model.trained_on = self.config["data"] | {
             "ids": set(split.id[split.part != "test"]),
             "protocol_of_training": self.config["recipe"].get("protocol", "honest"),
@@ -192,55 +228,101 @@ class Run:
         return models.load_weights(model, self.path / f"{which}.safetensors").eval()
 
 
+def packed(folder: str | Path) -> dict[str, dict]:
+    """The runs packed in `folder` by name: `config`, `job`, `environment` and `metrics` of each; {} where nothing is packed."""
+    file = Path(folder) / "runs.json"
+    return _read_once(str(file), file.stat().st_mtime_ns) if file.exists() else {}
+
+
+def packed_table(folder: str | Path, name: str) -> pd.DataFrame | None:
+    """ "history", "splits" or "predictions" of packed runs; the last is indexed by id and label (index of the class)."""
+    file = Path(folder) / f"{name}.csv.gz"
+    return _read_once(str(file), file.stat().st_mtime_ns) if file.exists() else None
+
+
+@functools.lru_cache(maxsize=24)
+def _read_once(file: str, changed: int) -> dict | pd.DataFrame:
+    if file.endswith(".json"):
+        return json.loads(Path(file).read_text())
+    table = pd.read_csv(file, dtype={"id": str, "split": str, "group": str})
+    return table.set_index(["id", "label"]) if "label" in table else table
+
+
+def plan(folder: str | Path) -> dict:
+    """What the plan of these runs says (its YAML file, with what it extends), from plan.json; {} where there is none.
+
+    `questions_changed_after` is how many runs were finished when its questions changed, if they did.
+    """
+    file = Path(folder) / "plan.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def load(folder: str | Path) -> pd.DataFrame:
-    """One row per finished run in `folder` (searched two levels deep): its configuration and metrics in flat columns.
+    """One row per finished run in `folder` (searched two levels deep), packed or not: configuration and metrics, flat.
 
-    `attrs["questions_changed_after"]` is how many runs were finished when the plan's questions changed, if they did.
-
-    Networks trained alone come first, then by name. Columns: run (the arm, with the fraction of the training part if that is
-    not 1), kind, path, method, student, dataset, image_size, protocol, fold, fraction, seed, epochs, epoch, parameters,
-    seconds, images_per_second, selection (the part that chose the epoch), precision, device, and the test metrics of the chosen
-    epoch (`last_...` those of the last epoch).
+    Networks trained without a teacher come first, then by name. Columns: run (the arm, with the fraction of the training part
+    if that is not 1), arm, replicate, path, method, student, teacher, dataset, image_size, protocol, fold, fraction, draw,
+    seed, epochs, epoch, parameters, seconds, images_per_second, selection (the part that chose the epoch), precision, device,
+    commit, the test metrics of the chosen epoch (`last_...` those of the last epoch), and last_train_accuracy, on the training
+    images without augmentation. What older runs did not record is nan.
 
     Raises:
         FileNotFoundError: no finished run is there.
+        ValueError: a published plan of an older form, or one whose files are not those of its manifest.
     """
     folder = Path(folder)
-    found = sorted(f.parent for pattern in ("metrics.json", "*/metrics.json", "*/*/metrics.json") for f in folder.glob(pattern))
+    for manifest in (folder / "manifest.json", *folder.glob("*/manifest.json")):
+        if manifest.exists():
+            _check_published(manifest)
+    found = {f.parent for pattern in ("metrics.json", "*/metrics.json", "*/*/metrics.json") for f in folder.glob(pattern)}
+    for place in (folder, *folder.glob("*/")):
+        found |= {place / name for name in packed(place)}
     rows = []
-    for run in (Run(path) for path in found if "~" not in path.name):
-        config, metrics, kind = run.config, run.metrics, run.job["arm"]
+    for run in (Run(path) for path in sorted(found) if "~" not in path.name):
+        config, metrics, job, where = run.config, run.metrics, run.job, run.environment
+        data, method = config["data"], config["method"]
         rows.append(
             {
-                "run": kind + (f" {config['data']['fraction']:.0%}" if config["data"]["fraction"] < 1 else ""),
-                "kind": kind,
+                "run": job["arm"] + (f" {data['fraction']:.0%}" if data["fraction"] < 1 else ""),
+                "arm": job["arm"],
+                "replicate": ", ".join(f"{key} {value}" for key, value in job["replicate"].items()),
                 "path": str(run.path),
-                "method": config["method"]["name"],
-                "student": config["method"]["student"]["name"],
-                **{key: config["data"][key] for key in ("dataset", "image_size", "protocol", "fold", "fraction")},
-                **({"draw": config["data"]["draw"]} if "draw" in config["data"] else {}),
+                "method": method["name"],
+                "student": method["student"]["name"],
+                "teacher": method.get("teacher", {}).get("name", ""),
+                **{key: data[key] for key in ("dataset", "image_size", "protocol", "fold", "fraction")},
+                "draw": data.get("draw", np.nan),
                 "seed": config["seed"],
                 "epochs": config["recipe"]["epochs"],
                 "epoch": metrics["best"]["epoch"],
                 **{key: metrics[key] for key in ("parameters", "seconds", "images_per_second")},
                 "selection": "test" if config["recipe"].get("protocol") == "paper" else "validation",
                 "precision": config["precision"],
-                "device": run.environment["device"],
+                "device": where["device"],
+                "commit": where.get("commit", ""),
                 **{key: value for key, value in metrics["best"]["test"].items() if key != "confusion"},
                 **{f"last_{key}": value for key, value in metrics["last"]["test"].items() if key != "confusion"},
+                "last_train_accuracy": metrics["last"].get("train", {}).get("accuracy", np.nan),
             }
         )
     if not rows:
         raise FileNotFoundError(f"no finished run in {folder}; run a plan first: make study PLAN=smoke")
-    table = pd.DataFrame(rows)
-    plans = {path for run in found for path in (run.parent / "plan.json", run.parents[1] / "plan.json") if path.exists()}
-    for path in plans:
-        table.attrs |= {key: value for key, value in json.loads(path.read_text()).items() if key == "questions_changed_after"}
-    return table.sort_values(
-        ["method", "kind", "fraction", "seed", "fold"],
+    return pd.DataFrame(rows).sort_values(
+        ["method", "arm", "fraction", "seed", "fold"],
         key=lambda c: c != "Supervised" if c.name == "method" else c,
         ignore_index=True,
     )
+
+
+def _check_published(manifest: Path) -> None:
+    folder, plan = manifest.parent, manifest.parent.name
+    if not (folder / "runs.json").exists():
+        raise ValueError(f"{folder} was published in an older form; publish it anew: make publish PLAN={plan}")
+    for name, digest in json.loads(manifest.read_text())["files"].items():
+        file = folder / name
+        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            what = "is missing" if not file.exists() else "is not the file that was published"
+            raise ValueError(f"{file} {what}; restore {folder}, or publish the plan anew: make publish PLAN={plan}")
 
 
 def environment(device: torch.device) -> dict:

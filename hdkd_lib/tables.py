@@ -1,13 +1,25 @@
-"""Tables from run folders."""
+"""Tables from run folders, or from what is packed of them: verdicts on a plan's questions, accuracies, ablations.
 
+Test images that the audit of a published split finds in its training part are left out of verdicts and accuracies; their ids
+are in data/test_in_train/DATASET.csv.
+"""
+
+import functools
+import inspect
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from hdkd_lib import methods, runs, statistics
+from hdkd_lib.metrics import Predictions, weighted
+from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run
-from hdkd_lib.statistics import Estimate, false_discoveries, interval, paired
+from hdkd_lib.statistics import Contrast, Interval, interval
 
 METRICS = {
     "accuracy": "accuracy",
@@ -16,153 +28,309 @@ METRICS = {
     "macro_auroc": "macro AUROC",
     "ece": "ECE",
 }
-REPLICATE = ["seed", "fold", "fraction"]  # what two runs have in common that are compared as a pair
 SELECTION = {"validation": "validation", "test": "test (the paper's protocol: optimistic)"}
+LEARNED = 0.9  # of its own training images, without augmentation: a network that knows fewer has not learned
+RESAMPLES = 1000  # of the test images, for metrics that are no mean over images
 
 
-def summary(frame: pd.DataFrame, *, baseline: str = "student", compare: str = "balanced_accuracy") -> pd.DataFrame:
-    """One row per kind of run (column `run` of `runs.load`): test metrics in percent, mean ± 95 % t interval over replicates.
+def verdicts(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """What a plan's runs say about its questions: one row per contrast, for readers.
 
-    The last columns hold the difference of `compare` to the kind of run `baseline`, paired by seed, fold and fraction, in
-    percentage points with its interval, the paired t-test's p, and q, p after Benjamini and Hochberg's control of false
-    discoveries over the table's rows; empty for the baseline and where nothing pairs.
+    Columns: claim (the question), contrast, n (replicates), difference (a - b in percentage points with the interval that is
+    simultaneous within the question), verdict, other sign (single replicates that told the opposite), p (sign-flip test, from
+    n = 8), and training time of a and b in units of the plain student's, teacher included. `contrasts` has the numbers.
     """
-    rows, p = {}, {}
-    for name, group in frame.groupby("run", sort=False):
-        row = {"network": group.student.iloc[0], "parameters": f"{group.parameters.iloc[0]:,}", "runs": len(group)}
-        row["epoch chosen on"] = SELECTION[group.selection.iloc[0]]
-        row |= {title: str(interval(group[metric])) for metric, title in METRICS.items()}
-        pairs = group.merge(frame[frame.kind == baseline], on=REPLICATE, suffixes=("", "_baseline"))
-        row |= {f"Δ {METRICS[compare]} to {baseline}": "", "p": "", "q": ""}
-        if group.kind.iloc[0] != baseline and len(pairs):
-            difference = paired(pairs[compare], pairs[f"{compare}_baseline"])
-            row |= {f"Δ {METRICS[compare]} to {baseline}": f"{difference:+}", "p": _p(difference.p)}
-            p[name] = difference.p
-        rows[name] = row
-    for name, q in zip(p, false_discoveries(list(p.values())), strict=True):
-        rows[name]["q"] = _p(q)
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").reset_index()
-
-
-def ablations(frame: pd.DataFrame, *, reference: str = "hdkd", compare: str = "balanced_accuracy") -> pd.DataFrame:
-    """One row per kind of run that trains as `reference` does but for what `change` says, read from the run folders.
-
-    Columns: run; parameters, the names of those changed; change, such as "alpha 0.5 → 0.75" ("default" is the network's own);
-    runs; mean and half_width of `compare`; difference to the reference paired by seed and fold, its half width, p; and q,
-    p after Benjamini and Hochberg's control of false discoveries over all rows, since of many changes some differ by chance.
-    Kinds of another method come last, named by it.
-
-    Raises:
-        ValueError: there is no kind of run named `reference`, or none that pairs with it.
-    """
-    if reference not in set(frame.run):
-        raise ValueError(f"no run is named {reference!r}; there are {', '.join(frame.run.unique())}")
-    settings = {kind: Run(group.path.iloc[0]).settings for kind, group in frame.groupby("run")}
-    base, rows = settings[reference], []
-    for kind, group in frame.groupby("run", sort=False):
-        own = settings[kind]
-        changed = sorted(key for key in own.keys() | base.keys() if own.get(key) != base.get(key))
-        if own["method"] != base["method"]:
-            changed, change = ["method"], f"{own['method']}, {kind}"
-        else:
-            change = ", ".join(f"{key} {base.get(key, 'default')} → {own.get(key, 'default')}" for key in changed)
-        pairs = group.merge(frame[frame.run == reference], on=REPLICATE, suffixes=("", "_reference"))
-        if kind == reference or not len(pairs):
-            continue
-        score, difference = interval(group[compare]), paired(pairs[compare], pairs[f"{compare}_reference"])
+    rows = []
+    for row in contrasts(frame, plan).itertuples():
+        known = isinstance(row.result, Contrast)
+        verdict = row.verdict
+        if known and verdict == "undecided":
+            verdict += f" ({row.result.needed} replicates needed)" if row.result.needed else " (more test images needed)"
         rows.append(
             {
-                "run": kind,
-                "parameters": ", ".join(changed),
-                "change": change.replace("_", " "),
-                "runs": len(group),
-                "mean": score.mean,
-                "half_width": score.half_width,
-                "difference": difference.mean,
-                "difference_half_width": difference.half_width,
-                "p": difference.p,
+                "claim": row.claim,
+                "contrast": f"{title(row.a)} - {title(row.b)}: {row.contrast}",
+                "n": row.n,
+                "difference": row.result.text if known else "",
+                "verdict": verdict,
+                "other sign": f"{row.result.opposite} of {row.n}" if known else "",
+                "p": "" if not known or math.isnan(row.result.p) else f"{row.result.p:.3f}",
+                "training time": "" if math.isnan(row.cost_a + row.cost_b) else f"{row.cost_a:.1f} : {row.cost_b:.1f}",
             }
         )
-    if not rows:
-        raise ValueError(f"nothing can be compared with {reference!r}: no other run has its seeds and folds")
-    table = pd.DataFrame(rows)
-    table["q"] = false_discoveries(table.p)
-    return table.sort_values(["parameters", "run"], key=lambda c: (c == "method").astype(str) + c, ignore_index=True)
-
-
-def optimism(frame: pd.DataFrame, compare: str = "balanced_accuracy") -> pd.DataFrame:
-    """What the paper's protocol adds to a result: kinds of run that chose their epoch on the test part beside honest twins.
-
-    Columns: run, honest (the kind that differs from it in the protocol alone), and in percent its score on the test part, its
-    score at the last epoch, which nothing chose, the honest kind's score, the paired difference to that, and its p.
-    """
-    settings = {kind: Run(group.path.iloc[0]).settings | {"protocol": None} for kind, group in frame.groupby("run")}
-    rows = []
-    for kind, group in frame[frame.selection == "test"].groupby("run", sort=False):
-        for twin, other in frame[frame.selection == "validation"].groupby("run", sort=False):
-            pairs = group.merge(other, on=REPLICATE, suffixes=("", "_honest"))
-            if settings[twin] == settings[kind] and len(pairs):
-                difference = paired(pairs[compare], pairs[f"{compare}_honest"])
-                scores = {
-                    "chosen on test": compare,
-                    "last epoch": f"last_{compare}",
-                    "chosen on validation": f"{compare}_honest",
-                }
-                row = {name: str(interval(pairs[column])) for name, column in scores.items()}
-                rows.append({"run": kind, "honest": twin, **row, "Δ": f"{difference:+}", "p": _p(difference.p)})
     return pd.DataFrame(rows)
 
 
-def readable(table: pd.DataFrame, compare: str = "balanced_accuracy") -> pd.DataFrame:
-    """A table of `ablations` in percent and percentage points."""
-    estimates = [
-        (Estimate(row["mean"], row.half_width, row.runs), Estimate(row.difference, row.difference_half_width, row.runs))
-        for _, row in table.iterrows()
-    ]
+def contrasts(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """The contrasts of a plan's questions, in its order.
+
+    Columns: question, claim, contrast (its words), a, b (arms), n (replicates with both), planned, verdict, cost_a, cost_b
+    (see `times`; nan where nobody has timed the plan), and result, a `statistics.Contrast`. While replicates are missing, and
+    where an arm has no finished run, `verdict` says so and `result` is None: a verdict is given once, at the planned n.
+
+    Args:
+        frame: of `runs.load`.
+        plan: the content of its YAML file, as `runs.plan` gives it; without questions the table is empty.
+    """
+    rows, cost = [], times(frame, plan)
+    cost = cost.sum(axis=1, skipna=False) if "idle" in cost.attrs["measured"] else {}
+    for name, question in plan.get("questions", {}).items():
+        for words, (a, b) in question["contrasts"].items():
+            pairs = _pairs(frame, a, b, plan)
+            row = {"question": name, "claim": question["ask"], "contrast": words, "a": a, "b": b, "n": len(pairs)}
+            row |= {"planned": len(plan.get("replicates", pairs)), "result": None}
+            if missing := [arm for arm in (a, b) if arm not in set(frame.arm)]:
+                row["verdict"] = f"no run of {' and '.join(missing)} is finished"
+            elif row["n"] < row["planned"] or not row["n"]:
+                row["verdict"] = f"{row['n']} of {row['planned']} replicates"
+            else:
+                count = len(question["contrasts"])
+                row["result"] = contrast(pairs, plan["metric"], plan["epoch"], plan["smallest_difference"], count)
+                row |= {"verdict": row["result"].verdict, "n": row["result"].n}
+            rows.append(row | {"cost_a": cost.get(a, math.nan), "cost_b": cost.get(b, math.nan)})
+    columns = ["question", "claim", "contrast", "a", "b", "n", "planned", "verdict", "result", "cost_a", "cost_b"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def contrast(pairs: pd.DataFrame, metric: str, epoch: str, smallest: float, contrasts: int = 1) -> Contrast:
+    """The difference of two arms over replicates (`statistics`), from the runs' predictions.
+
+    Replicates with one test split give an interval for other training and test images; with test splits of their own they are
+    folds, of which the seeds are averaged. Of runs that kept no predictions of that epoch, the interval is for other training
+    images only.
+
+    Args:
+        pairs: one row per replicate: the columns of `runs.load` of arm a, and those of b with the suffix `_b`.
+    """
+    try:
+        scored = [(_scored(row.path, epoch), _scored(row.path_b, epoch)) for row in pairs.itertuples()]
+        tested = [frozenset(a.ids) for a, _ in scored]
+    except FileNotFoundError:
+        scored, tested = None, list(pairs.fold)
+        column = metric if epoch == "best" else f"last_{metric}"
+        differences = (pairs[column] - pairs[f"{column}_b"]).to_numpy()
+    if scored is not None:
+        differences = np.array([weighted(metric, a)[0] - weighted(metric, b)[0] for a, b in scored])
+    if len(pairs) == 1:
+        return statistics.contrast(differences, None, smallest, contrasts)
+    if len(set(tested)) > 1:
+        number = {of: i for i, of in enumerate(dict.fromkeys(tested))}
+        means = pd.Series(differences).groupby([number[of] for of in tested]).mean().to_numpy()
+        images = Run(pairs.path.iloc[0]).metrics["images"]
+        return statistics.contrast(means, statistics.folds(means, images["test"] / images["train"]), smallest, contrasts)
+    variances, count = (0.0, 0.0), 2
+    if scored is not None and np.abs(differences).max() > 1e-12:
+        groups = _groups(pairs.path.iloc[0], scored[0][0])
+        variances, count = _test_variances(scored, metric, groups), len(set(groups))
+    return statistics.contrast(differences, statistics.crossed(differences, *variances, count), smallest, contrasts)
+
+
+def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame:
+    """One row per arm: what it is, and its test scores in percent, mean ± 95 % t interval over replicates.
+
+    The plan's metric (balanced accuracy without a plan) at the last epoch and at the one that validation chose; accuracy on the
+    training images without augmentation, marked where a network has not learned them; the lead of the teacher over the plain
+    student, which the arm descends from by `like`; other metrics at the last epoch.
+    """
+    plan = plan or {}
+    metric, rows = plan.get("metric", "balanced_accuracy"), []
+    for name, group in frame.groupby("run", sort=False):
+        first = group.iloc[0]
+        learned = group.last_train_accuracy.mean()
+        mark = "" if math.isnan(learned) else f"{100 * learned:.1f}" + (" (not learned)" if learned < LEARNED else "")
+        teacher = _taught_by(plan, first.arm)
+        rows.append(
+            {
+                "arm": name,
+                "network": first.student,
+                "parameters": f"{first.parameters:,}",
+                "pretrained": _pretrained(first.path),
+                "teacher": title(teacher) if teacher else first.teacher,
+                "teacher's lead": _lead(frame, plan, first.arm, teacher, metric),
+                "runs": len(group),
+                f"{METRICS[metric]}, last epoch": str(_mean(group, metric, "last")),
+                f"epoch chosen on {SELECTION[first.selection]}": str(_mean(group, metric, "best")),
+                "training images": mark,
+                **{words: str(_mean(group, key, "last")) for key, words in METRICS.items() if key != metric},
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[c for c in ("teacher's lead", "training images") if not table[c].any()]).fillna("")
+
+
+def changes(plan: Mapping) -> dict[str, tuple[str, str]]:
+    """What every arm that is `like` another changes: {arm: (the other, "alpha 0.5 → 0.75")}."""
+    arms, found = plan.get("runs", {}), {}
+    for arm, own in arms.items():
+        if "like" not in own:
+            continue
+        base = _merged(plan.get("parameters", {}), _resolved(arms, own["like"]))
+        words = [f"taught by {title(own['teacher'])}"] if "teacher" in own else []
+        if "method" in own:
+            words.append(f"method {own['method']}")
+        for key, value in own.items():
+            if key in ("like", "teacher", "method"):
+                continue
+            before = base.get(key, {}) if isinstance(value, Mapping) else base
+            for option, new in (value if isinstance(value, Mapping) else {key: value}).items():
+                old = None if "method" in own else before.get(option, _default(option, _method(base)))
+                if old != new:
+                    words.append(f"{option.replace('_', ' ')} " + (f"{_text(old)} → " if old is not None else "") + _text(new))
+        found[arm] = own["like"], ", ".join(words)
+    return found
+
+
+def ablations(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """One row per arm that is `like` another: what it changes, and what that changes, in numbers.
+
+    A pair of arms that the plan's questions contrast has the interval of its question, as in `verdicts`; any other has one of
+    its own, with 95 % (contrasts = 1). Columns: arm, like, change, n, question ("" where none asks), result
+    (`statistics.Contrast` of arm - like, None while replicates are missing) and verdict (only where a question asks).
+    """
+    asked = {}
+    for row in contrasts(frame, plan).itertuples():
+        asked[row.a, row.b] = asked[row.b, row.a] = row
+    rows = []
+    for arm, (base, change) in changes(plan).items():
+        row = {"arm": arm, "like": base, "change": change, "question": "", "verdict": "", "result": None}
+        pairs = _pairs(frame, arm, base, plan)
+        row["n"] = len(pairs)
+        if of := asked.get((arm, base)):
+            row |= {"question": of.question, "verdict": of.verdict, "result": of.result}
+            if of.result and of.a != arm:  # the question asks the other way round
+                row |= {"result": _turned(of.result), "verdict": f"{title(of.a)} {of.verdict}"}
+        elif len(pairs) and len(pairs) == len(plan.get("replicates", pairs)):
+            metric, epoch = plan.get("metric", "balanced_accuracy"), plan.get("epoch", "last")
+            row["result"] = contrast(pairs, metric, epoch, plan.get("smallest_difference", 0.01))
+        rows.append(row)
+    columns = ["arm", "like", "change", "n", "question", "result", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `ablations` in percentage points."""
     return pd.DataFrame(
         {
-            "run": table.run,
+            "arm": table.arm.map(title),
+            "unlike": table.like.map(title),
             "change": table.change,
-            "runs": table.runs,
-            METRICS[compare]: [str(score) for score, _ in estimates],
-            "Δ": [f"{difference:+}" for _, difference in estimates],
-            "p": table.p.map(_p),
-            "q": table.q.map(_p),
+            "n": table.n,
+            "difference": [r.text if r else "" for r in table.result],
+            "verdict of the question": table.verdict,
         }
     )
 
 
-def provenance(frame: pd.DataFrame) -> str:
-    """One sentence: what the numbers of `summary` are of."""
+def selection_bias(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """What the paper's protocol adds to a score: arms that chose their epoch on the test part beside the honest ones.
+
+    Columns: arm, honest (the arm that it is `like`), and in percent the arm's score at the epoch chosen on the test part and at
+    the last epoch, which nothing chose, the honest arm's score, and the paired difference to that with its 95 % t interval.
+    """
+    rows, metric = [], plan.get("metric", "balanced_accuracy")
+    for arm, (base, _) in changes(plan).items():
+        pairs = _pairs(frame, arm, base, plan)
+        if not len(pairs) or {*pairs.selection, *pairs.selection_b} != {"test", "validation"}:
+            continue
+        scores = {"chosen on test": metric, "last epoch": f"last_{metric}", "chosen on validation": f"{metric}_b"}
+        row = {name: str(interval(pairs[column])) for name, column in scores.items()}
+        rows.append({"arm": arm, "honest": base, **row, "difference": f"{interval(pairs[metric] - pairs[f'{metric}_b']):+}"})
+    return pd.DataFrame(rows)
+
+
+def times(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
+    """Training time by arm in units of the plain student's, from which it descends by `like`: own, and teacher (its teachers').
+
+    From the steps of results/benchmarks/PLAN-steps.json (`make benchmark NAME=plan_steps`), timed on an idle machine; without
+    it from the runs' own seconds, among which others ran. attrs["measured"] says which.
+    """
+    arms, seconds = plan.get("runs", {}), frame.groupby("arm", sort=False).seconds.mean()
+    file = runs.ROOT / "results" / "benchmarks" / f"{plan.get('name')}-steps.json"
+    measured = "measured beside other runs"
+    if file.exists():
+        measured = "from steps on an idle machine"
+        speed, epochs = json.loads(file.read_text())["images_per_second"], dict(frame.groupby("arm").epochs.first())
+        epochs = {arm: _merged(plan.get("parameters", {}), _resolved(arms, arm))["recipe"]["epochs"] for arm in arms} | epochs
+        seconds = {arm: count / speed[arm] for arm, count in epochs.items() if arm in speed}
+
+    def teachers(arm: str) -> float:  # a teacher may have one, too
+        teacher = _taught_by(plan, arm)
+        return 0.0 if teacher is None else seconds.get(teacher, math.nan) + teachers(teacher)
+
+    rows = {
+        arm: {
+            "own": seconds.get(arm, math.nan) / (unit := seconds.get(_root(arms, arm), math.nan)),
+            "teacher": teachers(arm) / unit,
+        }
+        for arm in (arms or dict.fromkeys(frame.arm))
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.attrs["measured"] = measured
+    return table
+
+
+def provenance(frame: pd.DataFrame, plan: Mapping | None = None) -> str:
+    """What the numbers are of: data, replicates, what the intervals hold for, and what is irregular about the runs."""
+    plan = plan or {}
     first = frame.iloc[0]
-    seeds, folds = (", ".join(map(str, sorted(frame[key].unique()))) for key in ("seed", "fold"))
     epochs = "/".join(map(str, sorted(frame.epochs.unique())))
-    chosen = " and ".join(SELECTION[part] for part in sorted(set(frame.selection)))
-    changed = frame.attrs.get("questions_changed_after")
-    return (
-        f"{first.dataset} at {first.image_size} px, {first.protocol} split (folds {folds}), seeds {seeds}, {epochs} epochs, "
-        f"{first.precision}; test part, epoch chosen on {chosen}; mean ± 95 % t interval in percent, "
-        "differences paired by seed and fold." + (f" Questions changed after {changed} runs." if changed else "")
+    replicates = "; ".join(sorted(set(frame.replicate)))
+    text = (
+        f"{first.dataset} at {first.image_size} px, {first.protocol} split, replicates: {replicates}. "
+        f"{epochs} epochs, {first.precision}. Test part, in percent; differences are paired by replicate."
     )
+    if left_out := excluded(first):
+        text += f" {len(left_out)} test images with a near-duplicate in the training part are left out."
+    if plan.get("questions"):
+        text += (
+            f" {METRICS[plan['metric']].capitalize()} at the {plan['epoch']} epoch; intervals are simultaneous within a "
+            f"question (95 %); smallest difference that matters: {100 * plan['smallest_difference']:g} points."
+        )
+    if changed := plan.get("questions_changed_after"):
+        text += f" Questions changed after {changed} runs."
+    if "mixed" in plan:
+        text += f" Published in spite of: {'; '.join(plan['mixed'])}."
+    return text
 
 
-def write(frame: pd.DataFrame, folder: str | Path, baseline: str = "student") -> None:
-    """runs.csv (a row per run), summary.csv and summary.md (with its provenance) in `folder`."""
+def excluded(data: Mapping) -> frozenset[str]:
+    """Ids of the test images of a published split that occur, nearly, in its training part.
+
+    Args:
+        data: a run's `config["data"]`; in splits by group there are no such images.
+    """
+    file = Path(__file__).parent / "data" / "test_in_train" / f"{data['dataset']}.csv"
+    return frozenset(pd.read_csv(file, dtype=str).id) if data["protocol"] == "official" and file.exists() else frozenset()
+
+
+def title(arm: str) -> str:
+    """An arm's name for readers: the methods as their papers write them."""
+    words = {"hdkd": "HDKD", "cskd": "CSKD", "dearkd": "DearKD", "deit": "DeiT", "vit": "ViT", "mhca": "MHCA-ViT"}
+    return " ".join(words.get(word, word) for word in arm.split("_"))
+
+
+def write(table: pd.DataFrame, path: str | Path, note: str) -> None:
+    """The table as CSV, Markdown and LaTeX (booktabs) at `path` with these suffixes; `note` says what its numbers are of."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path.with_suffix(".csv"), index=False)
+    path.with_suffix(".md").write_text(f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n")
+    latex = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    latex = latex.to_latex(hrules=True, column_format="l" * len(table.columns))
+    for sign, macro in (("±", r"$\pm$"), ("→", r"$\to$"), ("Δ", r"$\Delta$"), ("×", r"$\times$")):
+        latex = latex.replace(sign, macro)
+    path.with_suffix(".tex").write_text(f"% {note}\n{latex}")
+
+
+def write_all(frame: pd.DataFrame, plan: Mapping, folder: str | Path) -> None:
+    """runs.csv (a row per run), and verdicts and accuracies (`write`), in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     frame.drop(columns="path").to_csv(folder / "runs.csv", index=False)
-    table = summary(frame, baseline=baseline)
-    (folder / "summary.md").write_text(f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{provenance(frame)}\n")
-    table.to_csv(folder / "summary.csv", index=False)
-
-
-def write_ablations(table: pd.DataFrame, folder: str | Path, frame: pd.DataFrame, compare: str = "balanced_accuracy") -> None:
-    """ablations.csv (numbers) and ablations.md (for readers, with its provenance) in `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "ablations.csv", index=False)
-    markdown = readable(table, compare).to_markdown(index=False, disable_numparse=True)
-    (folder / "ablations.md").write_text(f"{markdown}\n\n{provenance(frame)}\n")
+    note = provenance(frame, plan)
+    write(accuracies(frame, plan), folder / "accuracies", note)
+    if plan.get("questions"):
+        write(verdicts(frame, plan), folder / "verdicts", note)
 
 
 def metrics(measured: dict) -> pd.DataFrame:
@@ -181,5 +349,119 @@ def test_scores(trained: Mapping[str, Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=list(METRICS)).T.rename(columns=METRICS).map("{:.3f}".format)
 
 
-def _p(p: float) -> str:
-    return "" if math.isnan(p) else f"{p:.2g}"
+def _pairs(frame: pd.DataFrame, a: str, b: str, plan: Mapping) -> pd.DataFrame:
+    """The replicates that have both arms: columns of a, and those of b with the suffix `_b`."""
+    pairs = frame[frame.arm == a].merge(frame[frame.arm == b], on="replicate", suffixes=("", "_b"))
+    planned = [", ".join(f"{key} {value}" for key, value in of.items()) for of in plan.get("replicates", [])]
+    return pairs[pairs.replicate.isin(planned)].reset_index(drop=True) if planned else pairs
+
+
+def _scored(path: str, epoch: str) -> Predictions:
+    """A run's predictions in the order of ids, without the test images that are in the training part."""
+    run = Run(path)
+    file = path if run._packed is None else str(run.path.parent / "runs.json")
+    return _scored_once(path, epoch, _changed(file))
+
+
+def _changed(file: str) -> int:
+    path = Path(file)
+    return (path if path.suffix else path / "metrics.json").stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def _scored_once(path: str, epoch: str, changed: int) -> Predictions:
+    run = Run(path)
+    of = run.predictions(epoch)
+    order = np.argsort(of.ids, kind="stable")
+    return of[order[~np.isin(of.ids[order], list(excluded(run.config["data"])))]]
+
+
+def _groups(path: str, of: Predictions) -> np.ndarray:
+    """The groups of test images that stay together, by the run's split; images by themselves where it names none."""
+    split = Run(path).split
+    if "group" not in split:
+        return np.arange(len(of.ids))
+    return split.set_index("id").group.reindex(of.ids).to_numpy(str)
+
+
+def _test_variances(scored: list, metric: str, groups: np.ndarray) -> tuple[float, float]:
+    if metric == "accuracy":
+        right = [[side.predicted == side.labels for side in pair] for pair in scored]
+        return statistics.image_variances(np.array([a.astype(float) - b for a, b in right]), groups)
+    names, number = np.unique(groups, return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    differences = [weighted(metric, a, counts[:, number]) - weighted(metric, b, counts[:, number]) for a, b in scored]
+    return statistics.resampled_variances(np.stack(differences, 1))
+
+
+def _mean(group: pd.DataFrame, metric: str, epoch: str) -> Interval:
+    """Mean and 95 % t interval of a score over replicates, without the test images that are in the training part."""
+    column = metric if epoch == "best" else f"last_{metric}"
+    if not excluded(group.iloc[0]):
+        return interval(group[column])
+    try:
+        return interval([weighted(metric, _scored(path, epoch))[0] for path in group.path])
+    except ValueError:  # the predicted class alone does not give this metric
+        return interval(group[column])
+
+
+def _lead(frame: pd.DataFrame, plan: Mapping, arm: str, teacher: str | None, metric: str) -> str:
+    if teacher is None:
+        return ""
+    pairs = _pairs(frame, teacher, _root(plan["runs"], arm), plan)
+    return f"{interval(pairs[f'last_{metric}'] - pairs[f'last_{metric}_b']):+}" if len(pairs) else ""
+
+
+def _pretrained(path: str) -> str:
+    method = Run(path).config["method"]
+    return ", ".join(who for who in ("student", "teacher") if method.get(who, {}).get("pretrained")) or "no"
+
+
+def _root(arms: Mapping, arm: str) -> str:
+    while "like" in arms.get(arm, {}):
+        arm = arms[arm]["like"]
+    return arm
+
+
+def _taught_by(plan: Mapping, arm: str) -> str | None:
+    """The arm that teaches this one."""
+    return _resolved(plan["runs"], arm).get("teacher") if arm in plan.get("runs", {}) else None
+
+
+def _resolved(arms: Mapping, arm: str) -> dict:
+    """An arm with what it takes from those that it is `like`."""
+    own = {key: value for key, value in arms[arm].items() if key != "like"}
+    if "like" not in arms[arm]:
+        return own
+    return _merged(_resolved(arms, arms[arm]["like"]), own)
+
+
+def _merged(base: Mapping, own: Mapping) -> dict:
+    both = {key: {**base[key], **own[key]} for key in base.keys() & own if isinstance(base[key], Mapping)}
+    return {**base, **own, **both}
+
+
+def _method(arm: Mapping) -> str:
+    chapters = {"04_hdkd": "HDKD", "05_cskd": "CSKD", "06_dearkd": "DearKD", "07_data_free": "DearKD"}
+    return arm.get("method") or chapters.get(arm.get("notebook"), "Supervised")
+
+
+def _default(option: str, method: str) -> object:
+    """The default of a method's option or of a recipe's field; None where neither has it."""
+    option = runs.OLD_NAMES["method"].get(option, option)
+    known = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    known |= {key: p.default for key, p in inspect.signature(getattr(methods, method)).parameters.items()}
+    value = known.get(option)
+    return None if value is inspect.Parameter.empty else value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(of)}" for key, of in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return " and ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _turned(result: Contrast) -> Contrast:
+    return replace(result, mean=-result.mean)

@@ -200,7 +200,8 @@ def _train(
     if rank == 0:
         write_json(run.path / "environment.json", runs.environment(device) | {"processes": processes})
         parts = ("train", "val", "test") if data.val is not data.test else ("train", "test")
-        split = pd.DataFrame([(i, part) for part in parts for i in getattr(data, part).ids], columns=["id", "part"])
+        sides = {part: getattr(data, part) for part in parts}
+        split = pd.concat([pd.DataFrame({"id": of.ids, "part": part, "group": of.groups}) for part, of in sides.items()])
         write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
 
     done = len(history)

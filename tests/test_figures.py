@@ -5,11 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
-from hdkd_lib import figures
+from hdkd_lib import figures, statistics
 
 
 @pytest.fixture(autouse=True)
@@ -119,20 +120,87 @@ def test_overlays_lay_every_map_over_its_image():
     assert figure.axes[2].images[1].get_alpha() < 1
 
 
-def test_a_forest_has_a_point_and_an_interval_per_change_with_zero_marked():
-    table = pd.DataFrame({"parameters": ["alpha", "alpha", "gate"], "change": ["a", "b", "c"]})
-    table = table.assign(difference=[0.02, -0.01, 0.05], difference_half_width=[0.013, np.nan, 0.04])
-    (axis,) = figures.forest(table, "hdkd").axes
-    points = [[values.item() for values in bar.lines[0].get_data()] for bar in axis.containers]
-    assert points == [pytest.approx(point) for point in ([2, 0], [-1, 1], [5, 2])]
-    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in axis.containers]
-    assert ends == [pytest.approx(end) for end in ([0.7, 3.3], [-1, -1], [1, 9])]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b", "c"]
-    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first change is on top"
-    colors = [bar.lines[0].get_color() for bar in axis.containers]
-    assert colors[0] == colors[1] != colors[2]
-    assert [0, 0] in [list(line.get_xdata()) for line in axis.lines]
-    assert axis.get_xlabel().startswith("difference to hdkd (percentage points")
+def asked(a: str, b: str, differences: list[float], contrasts: int = 1) -> dict:
+    """A row of `tables.contrasts` with a result."""
+    variance = statistics.crossed(differences, 0.0, 0.0, 100)
+    result = statistics.contrast(differences, variance, 0.02, contrasts)
+    return {"claim": "Does it help?", "a": a, "b": b, "verdict": result.verdict, "result": result}
+
+
+def test_contrasts_show_every_replicate_the_interval_and_the_verdict():
+    rows = [asked("hdkd", "student", [0.03, 0.05, 0.04]), asked("cskd", "deit", [-0.01, 0.02, 0.01])]
+    rows.append({"claim": "?", "a": "dearkd", "b": "mhca_deit", "verdict": "3 of 8 replicates", "result": None})
+    figure = figures.contrasts(pd.DataFrame(rows), smallest=0.02, metric="accuracy at the last epoch")
+    (axis,) = figure.axes
+    points = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 3]
+    assert [list(x) for x in points] == [pytest.approx([3, 5, 4]), pytest.approx([-1, 2, 1])]
+    assert all(line.get_fillstyle() == "none" for line in axis.lines if len(line.get_xdata()) == 3)
+    ends = [bar.lines[2][0].get_segments()[0][:, 0] for bar in axis.containers]
+    for row, (low, high) in zip(rows, ends, strict=False):
+        of = row["result"]
+        assert (low, high) == (pytest.approx(100 * (of.mean - of.half_width)), pytest.approx(100 * (of.mean + of.half_width)))
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "HDKD \N{MINUS SIGN} student", "CSKD \N{MINUS SIGN} DeiT", "DearKD \N{MINUS SIGN} MHCA-ViT DeiT",
+    ]  # fmt: skip
+    texts = [text.get_text() for text in axis.texts]
+    assert texts[0] == f"{rows[0]['result'].text}, helps, n = 3"
+    assert texts[2] == "3 of 8 replicates"
+    assert axis.patches[0].get_x() == -2, "the band of what does not matter"
+    assert axis.get_xlabel().startswith("difference of accuracy at the last epoch (percentage points)")
+
+
+def test_an_interval_that_leaves_the_frame_ends_in_an_arrow():
+    rows = [asked("cskd", "deit", [0.01 * i, 0.011 * i, 0.012 * i]) for i in (1, 1.1, 1.2, 1.3)]
+    inside = figures.contrasts(pd.DataFrame(rows))
+    outside = figures.contrasts(pd.DataFrame([*rows, asked("hdkd", "student", [-0.05, 0.1, 0.03], 3)]))
+
+    def arrows(figure):
+        return [text for text in figure.axes[0].texts if isinstance(text, Annotation) and text.arrow_patch is not None]
+
+    assert arrows(inside) == []
+    assert len(arrows(outside)) == 2
+    assert {arrow.xy[0] for arrow in arrows(outside)} == set(outside.axes[0].get_xlim())
+    replicates = [x for line in outside.axes[0].lines if line.get_fillstyle() == "none" for x in line.get_xdata()]
+    assert max(map(abs, replicates)) < outside.axes[0].get_xlim()[1]
+
+
+def test_changes_of_a_plan_are_drawn_as_contrasts_too():
+    row = asked("hdkd", "student", [0.01, 0.02, 0.03])
+    table = pd.DataFrame([{"arm": "hdkd_logits", "like": "hdkd", "change": "stages 3 → none", **row}]).drop(columns="claim")
+    (axis,) = figures.contrasts(table).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["HDKD logits: stages 3 → none"]
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = np.array(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_every_method_has_a_colour_that_shows_on_white_and_a_marker_of_its_own():
+    styles = [*figures.STYLES.values(), *figures.SPARE]
+    assert all(1.05 / (luminance(color) + 0.05) >= 3 for color, _ in styles)
+    assert len({color for color, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
+
+
+def test_a_method_looks_the_same_in_all_figures_and_its_arms_differ_in_filling():
+    found = figures.styles(["student", "hdkd", "hdkd_logits", "alpha_25", "student_long"])
+    assert found["hdkd"]["color"] == found["hdkd_logits"]["color"] == figures.STYLES["hdkd"][0]
+    assert (found["hdkd"]["fillstyle"], found["hdkd_logits"]["fillstyle"]) == ("full", "none")
+    assert figures.styles(["HDKD"])["HDKD"]["marker"] == figures.styles(["hdkd"])["hdkd"]["marker"]
+    assert found["alpha_25"]["color"] not in {color for color, _ in figures.STYLES.values()}
+
+
+def test_training_time_shows_the_teachers_apart(frame):
+    plan = {"runs": {"teacher": {}, "student": {}, "hdkd": {"like": "student", "teacher": "teacher"}}}
+    timed = frame.assign(seconds=frame.arm.map({"teacher": 20.0, "student": 10.0, "hdkd": 15.0}))
+    figure = figures.training_time(timed, plan)
+    (axis,) = figure.axes
+    lines = {round(float(line.get_ydata()[0])): list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 2}
+    assert lines[82] == pytest.approx([1.5, 3.5])  # HDKD's own 1.5, and then its teacher's 2
+    assert lines[80] == pytest.approx([1, 1])
+    assert "measured beside other runs" in axis.get_xlabel()
 
 
 def test_agreement_has_a_bar_per_stage_and_student():
@@ -142,16 +210,19 @@ def test_agreement_has_a_bar_per_stage_and_student():
         figures.agreement({"alone": [0.1]}, ["stage 1", "stage 2"])
 
 
-def test_a_comparison_shows_every_replicate_and_every_mean(frame):
-    figure = figures.comparison(frame.sample(frac=1, random_state=0), metrics=["balanced_accuracy", "ece"])
+def test_a_comparison_shows_every_replicate_every_mean_and_the_baselines(frame):
+    neighbours = pd.DataFrame({"classifier": ["chance", "chance"], "balanced_accuracy": [0.6, 0.7]})
+    figure = figures.comparison(frame.sample(frac=1, random_state=0), ["balanced_accuracy", "ece"], neighbours)
     assert len(figure.axes) == 2
     axis = figure.axes[0]
-    names = [label.get_text() for label in axis.get_xticklabels()]
-    replicates = [dots.get_offsets()[:, 1] for dots in axis.collections if len(dots.get_offsets()) == len(names)]
-    assert sorted(round(values[names.index("student")]) for values in replicates) == [70, 80, 90]
-    assert sorted(round(values[names.index("hdkd")]) for values in replicates) == [72, 83, 91]
-    means = {names[round(c.lines[0].get_xdata()[0] - 0.22)]: c.lines[0].get_ydata()[0] for c in axis.containers}
-    assert means == pytest.approx({"teacher": 95, "student": 80, "hdkd": 82})
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert sorted(names) == ["HDKD", "student", "teacher"]
+    points = [line for line in axis.lines if line.get_fillstyle() == "none" and line.get_linestyle() == "None"]
+    shown = {names[round(float(line.get_ydata()[0]))]: sorted(np.round(line.get_xdata())) for line in points}
+    assert shown == {"student": [70, 80, 90], "HDKD": [72, 83, 91], "teacher": [95]}
+    means = {names[round(c.lines[0].get_ydata()[0] - 0.25)]: c.lines[0].get_xdata()[0] for c in axis.containers}
+    assert means == pytest.approx({"teacher": 95, "student": 80, "HDKD": 82})
+    assert "chance: 65.0 %" in axis.get_legend_handles_labels()[1]
 
 
 def test_mean_curves_draw_replicates_and_their_mean(history):
@@ -162,11 +233,14 @@ def test_mean_curves_draw_replicates_and_their_mean(history):
     assert axis.get_ylabel() == "validation balanced accuracy (%)"
 
 
-def test_confusions_stand_side_by_side_coloured_by_the_share_of_the_true_class():
+def test_confusions_show_percent_of_the_true_class_and_what_they_sum():
     figure = figures.confusions({"student": [[3, 1], [0, 0]], "hdkd": [[4, 0], [1, 1]]}, ["a", "b"])
     assert len(figure.axes) == 2
-    assert [text.get_text() for text in figure.axes[0].texts] == ["3", "1", "0", "0"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75", "25", "0", "0"]
     assert figure.axes[0].collections[0].get_array().ravel().tolist() == [0.75, 0.25, 0, 0]
+    assert figure.axes[1].get_title() == "HDKD\n6 predictions, % of each true class"
+    many = figures.confusions(dict.fromkeys("abcd", np.eye(10)), list("0123456789"))
+    assert len({axis.get_subplotspec().colspan.start for axis in many.axes}) == 3, "at most three a row"
 
 
 def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides():
@@ -219,25 +293,51 @@ def test_heatmaps_have_a_row_per_entry_and_a_scale_per_map():
     assert [figure.axes[i].get_ylabel() for i in (0, 3)] == ["block 0", "block 1"]
 
 
-def test_efficiency_draws_a_mean_and_an_interval_per_kind_and_share():
-    rows = [
-        (kind, share, 0.5 + share / 4 + seed / 100) for kind in ("vit", "cskd") for share in (0.1, 1.0) for seed in range(3)
-    ]
-    frame = pd.DataFrame(rows, columns=["kind", "fraction", "balanced_accuracy"])
-    [axis] = figures.efficiency(frame).axes
+def test_efficiency_draws_every_replicate_a_mean_and_an_interval_per_arm_and_share():
+    rows = [(arm, share, 0.5 + share / 4 + seed / 100) for arm in ("vit", "cskd") for share in (0.1, 1.0) for seed in range(3)]
+    frame = pd.DataFrame(rows, columns=["arm", "fraction", "last_balanced_accuracy"])
+    neighbours = pd.DataFrame({"classifier": ["chance"], "balanced_accuracy": [0.1]})
+    figure = figures.efficiency(frame, baselines=neighbours)
+    [axis] = figure.axes
     lines = [container.lines[0] for container in axis.containers]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["vit", "cskd"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chance: 10.0 %", "ViT", "CSKD"]
     for line in lines:
         np.testing.assert_allclose(np.array(line.get_ydata(), float), [53.5, 76.0])
         np.testing.assert_allclose(np.array(line.get_xdata(), float), [10, 100], rtol=0.03)
+    assert len([line for line in axis.lines if len(line.get_xdata()) == 6]) == 2, "every replicate"
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["10", "100"]
 
 
 def test_the_same_figure_gives_the_same_file(history, tmp_path):
     paths = [figures.save(figures.curves({"hdkd": history}), tmp_path / "new" / f"{i}.png") for i in range(2)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].with_suffix(".pdf").read_bytes() == paths[1].with_suffix(".pdf").read_bytes()
     with Image.open(paths[0]) as image:
         assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+
+
+def test_no_figure_is_wider_than_a_page_and_no_text_is_small_on_it(history, frame):
+    """Of every kind that this module draws: ten pixels at least on a page of 830."""
+    drawn = [
+        figures.contact_sheet(IMAGES, LABELS, CLASSES * 4),
+        figures.class_counts({"train": LABELS}, CLASSES),
+        figures.curves({"student": history}),
+        figures.loss_terms(history, {"logit_loss": "$L_1$", "feature_loss": "$L_2$", "loss": "$L$"}),
+        figures.comparison(frame),
+        figures.mean_curves({"hdkd": [history]}),
+        figures.confusions({"hdkd": np.eye(10)}, CLASSES * 3 + ["x"]),
+        figures.contrasts(pd.DataFrame([asked("hdkd", "student", [0.01, 0.02])])),
+        figures.architecture({"teacher": [part("stages.0", 16, 8, 8)] * 9, "student": [part("head", 10)]}, {}),
+        figures.overlays(IMAGES, {"attention": torch.rand(7, 2, 2)}),
+        figures.heatmaps({"block 0": torch.rand(12, 4, 4)}),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        width = figure.get_size_inches()[0]
+        assert width <= figures.WIDTH
+        texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+        smallest = min(texts, key=lambda text: text.get_fontsize())
+        assert smallest.get_fontsize() / 72 * 830 / width >= 10, smallest.get_text()
 
 
 def test_every_public_figure_is_tested_here():

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -51,8 +52,9 @@ def test_what_was_packed_comes_back_without_weights_and_probabilities(folders, t
             original.environment,
         )
         pd.testing.assert_frame_equal(own.history, original.history)
-    frames = [runs.load(tmp_path / folder).drop(columns="path") for folder in ("runs", "back")]
-    pd.testing.assert_frame_equal(*frames)
+    frames = [runs.load(tmp_path / folder).drop(columns="path") for folder in ("runs", "back", "packed")]
+    pd.testing.assert_frame_equal(frames[0], frames[1])
+    pd.testing.assert_frame_equal(frames[0], frames[2])
 
 
 def test_the_metrics_follow_from_the_packed_predictions(folders, tmp_path, digits):
@@ -61,13 +63,33 @@ def test_the_metrics_follow_from_the_packed_predictions(folders, tmp_path, digit
     predictions = pd.read_csv(tmp_path / "packed" / "predictions.csv.gz", dtype={"id": str}).set_index("id")
     assert (
         predictions.label.map(lambda c: int(digits.classes[c])).to_dict()
-        == Run(path).predictions.set_index("id").label.to_dict()
+        == pd.read_csv(path / "predictions.csv", dtype={"id": str}).set_index("id").label.to_dict()
     )
     for which in ("last", "best"):
-        accuracy = (predictions[f"hdkd-seed0 {which} class"] == predictions.label).mean()
+        shares = predictions[[f"hdkd-seed0 {which} {c}" for c in range(10)]].to_numpy()
+        accuracy = (shares.argmax(1) == predictions.label).mean()
         assert accuracy == pytest.approx(Run(path).metrics[which]["test"]["accuracy"], abs=1e-6)
-    table = Run(path).predictions.set_index("id")[digits.classes].max(axis=1)
-    assert (predictions["hdkd-seed0 best percent"] - 100 * table).abs().max() <= 0.5 + 1e-6
+        original, packed = (Run(of).predictions(which) for of in (path, tmp_path / "packed" / "hdkd-seed0"))
+        order = [packed.ids.tolist().index(i) for i in original.ids]
+        assert (packed.probabilities[order] == original.probabilities).all()
+
+
+def test_of_many_test_images_class_and_percent_are_kept_and_what_the_metric_needs(folders, tmp_path, monkeypatch):
+    (path,) = folders("hdkd-seed0").values()
+    original = Run(path).predictions("last")
+    monkeypatch.setattr(packing, "MANY", 59)
+    packing.pack({"hdkd-seed0": path}, tmp_path / "accuracy")
+    packing.pack({"hdkd-seed0": path}, tmp_path / "auroc", metric="macro_auroc")
+    small, whole = (Run(tmp_path / name / "hdkd-seed0").predictions("last") for name in ("accuracy", "auroc"))
+    order = [small.ids.tolist().index(i) for i in original.ids]
+    for packed in (small, whole):
+        assert (packed.labels[order] == original.labels).all()
+        assert np.abs(packed.confidence[order] - original.confidence).max() <= 0.005 + 1e-6
+    assert (small.predicted[order] == original.predicted).all()
+    assert small.probabilities is None
+    assert np.abs(whole.probabilities[order] - original.probabilities).max() <= 0.0005 + 1e-6
+    table = pd.read_csv(tmp_path / "accuracy" / "predictions.csv.gz", dtype={"id": str}).drop(columns="id")
+    assert all(pd.api.types.is_integer_dtype(kind) for kind in table.dtypes)
 
 
 def test_the_split_is_one_row_per_image(folders, tmp_path, finished_run):
@@ -87,9 +109,18 @@ def test_runs_are_added_and_unpacked_ones_stay_as_they_are(folders, tmp_path):
     assert {f.name: f.read_bytes() for f in packed.iterdir()} == before
     elsewhere = {"a-seed0": packing.unpack(packed, "a-seed0", tmp_path / "elsewhere" / "a-seed0")} | folders("b-seed0")
     assert packing.pack(elsewhere, packed) == ["b-seed0"]
-    assert packing.read(packed).keys() == {"a-seed0", "b-seed0"}
+    assert runs.packed(packed).keys() == {"a-seed0", "b-seed0"}
     assert set(pd.read_csv(packed / "history.csv.gz").run) == {"a-seed0", "b-seed0"}
-    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 2 * 4)
+    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 2 * 20)
+
+
+def test_runs_that_left_the_plan_are_dropped(folders, tmp_path):
+    packed = tmp_path / "packed"
+    packing.pack(folders("a-seed0", "b-seed0"), packed)
+    assert packing.pack({}, packed, keep=["b-seed0"]) == []
+    assert runs.packed(packed).keys() == {"b-seed0"}
+    assert set(pd.read_csv(packed / "history.csv.gz").run) == {"b-seed0"}
+    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 20)
 
 
 def test_a_run_that_was_repeated_replaces_its_packed_form(folders, tmp_path):
@@ -98,5 +129,5 @@ def test_a_run_that_was_repeated_replaces_its_packed_form(folders, tmp_path):
     file = paths["a-seed0"] / "metrics.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": -1.0}))
     assert packing.pack(paths, tmp_path / "packed") == ["a-seed0"]
-    assert packing.read(tmp_path / "packed")["a-seed0"]["metrics"]["seconds"] == -1.0
+    assert runs.packed(tmp_path / "packed")["a-seed0"]["metrics"]["seconds"] == -1.0
     assert pd.read_csv(tmp_path / "packed" / "history.csv.gz").shape[0] == len(Run(paths["a-seed0"]).history)

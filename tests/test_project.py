@@ -10,12 +10,12 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hdkd_lib import packing, readme
+from hdkd_lib import readme, runs, tables
+from hdkd_lib.runs import Run
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -67,21 +67,14 @@ def test_every_import_is_a_requirement():
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
-def test_published_tables_regenerate_from_the_published_runs_alone(folder, tmp_path):
-    from ruamel.yaml import YAML
-
-    from hdkd_lib import runs, tables
-
-    plan = YAML(typ="safe", pure=True).load(folder / "plan.yaml").get("notebooks", {})
-    frame = runs.load(folder)
-    tables.write(frame, tmp_path, plan.get("09_tables", {}).get("baseline", "student"))
-    for file in ("runs.csv", "summary.csv", "summary.md"):
-        assert (tmp_path / file).read_text() == (folder / "tables" / file).read_text()
+def test_published_tables_regenerate_from_the_published_runs(folder, tmp_path):
+    frame, plan = runs.load(folder), runs.plan(folder)
+    tables.write_all(frame, plan, tmp_path)
     if (folder / "ablations").exists():
-        reference = plan.get("08_ablations", {}).get("reference", "hdkd")
-        tables.write_ablations(tables.ablations(frame, reference=reference), tmp_path, frame)
-        for file in ("ablations.csv", "ablations.md"):
-            assert (tmp_path / file).read_text() == (folder / "ablations" / file).read_text()
+        tables.write(tables.readable(tables.ablations(frame, plan)), tmp_path / "ablations", tables.provenance(frame, plan))
+    for file in tmp_path.iterdir():
+        published = folder / ("ablations" if file.stem == "ablations" else "tables") / file.name
+        assert file.read_text() == published.read_text()
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
@@ -118,14 +111,26 @@ class TestText:
 
 @pytest.mark.parametrize("folder", PACKED, ids=lambda folder: folder.name)
 def test_packed_runs_are_of_one_commit_and_their_scores_follow_from_their_predictions(folder):
-    packed = packing.read(folder)
-    assert len({run["environment"]["commit"] for run in packed.values()}) == 1
-    assert not [name for name, run in packed.items() if run["environment"]["uncommitted_changes"]]
-    predictions, splits = (pd.read_csv(folder / f"{name}.csv.gz", dtype={"id": str}) for name in ("predictions", "splits"))
-    tested = {split: set(of.id) for split, of in splits[splits.part == "test"].groupby("split")}
-    for name, run in packed.items():
-        assert run["job"]["plan"] == folder.name
-        own = predictions[predictions.id.isin(tested[run["config"]["data"]["split"]])]
+    packed, plan = runs.packed(folder), runs.plan(folder)
+    if "mixed" not in plan:
+        assert len({run["environment"]["commit"] for run in packed.values()}) == 1
+        assert not [name for name, run in packed.items() if run["environment"]["uncommitted_changes"]]
+    for name, of in packed.items():
+        assert of["job"]["plan"] == folder.name
+        run = Run(folder / name)
+        split, tested = run.split, runs.packed_table(folder, "predictions")
         for which in ("last", "best"):
-            accuracy = (own[f"{name} {which} class"] == own.label).mean()
-            assert accuracy == pytest.approx(run["metrics"][which]["test"]["accuracy"], abs=1e-6)
+            if not any(column.startswith(f"{name} {which} ") for column in tested):
+                assert which == "last"  # of runs before it was kept
+                continue
+            predictions = run.predictions(which)
+            assert set(predictions.ids) == set(split.id[split.part == "test"])
+            accuracy = (predictions.predicted == predictions.labels).mean()
+            assert accuracy == pytest.approx(of["metrics"][which]["test"]["accuracy"], abs=1e-6)
+
+
+def test_results_stay_small():
+    files = [
+        file for file in (ROOT / "results").rglob("*") if file.is_file() and "runs" not in file.relative_to(ROOT).parts[1:2]
+    ]
+    assert sum(file.stat().st_size for file in files) < 12e6

@@ -1,6 +1,7 @@
 """The run folder: atomic, identified by its configuration, and enough to go on from."""
 
 import errno
+import hashlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hdkd_lib import runs, tables, training
+from hdkd_lib import packing, runs, training
 from hdkd_lib.methods import Supervised
 from hdkd_lib.runs import Run
 
@@ -99,11 +100,10 @@ def test_the_trained_student_comes_back_from_its_folder(which, finished_run, dig
     assert measured.pop("confusion") == expected.pop("confusion")
     assert measured == pytest.approx(expected, abs=1e-5)
     if which == "best":
-        table = finished_run.predictions
-        assert table.columns.tolist() == ["id", "label", *digits.classes]
-        assert table.id.tolist() == digits.test.ids
-        assert table.label.tolist() == digits.test.labels.tolist()
-        assert (torch.tensor(table[digits.classes].to_numpy()) - probabilities).abs().max() < 2e-6
+        kept = finished_run.predictions("best")
+        assert kept.ids.tolist() == digits.test.ids
+        assert kept.labels.tolist() == digits.test.labels.tolist()
+        assert (torch.tensor(kept.probabilities) - probabilities).abs().max() < 2e-6
 
 
 def test_a_run_remembers_where_it_ran(finished_run):
@@ -158,23 +158,6 @@ def test_a_student_remembers_the_images_it_has_seen(finished_run, digits):
     assert origin == digits.config | {"protocol_of_training": "honest"}
 
 
-def test_settings_are_what_can_be_varied_and_of_the_teacher_what_the_student_does_not_share(finished_run, copied, tmp_path):
-    method, settings = finished_run.config["method"], finished_run.settings
-    student, teacher = method["student"], method["teacher"]
-    expected = finished_run.config["recipe"] | {"method": "HDKD", "network": student["name"], "teacher_name": teacher["name"]}
-    expected |= {"alpha": 0.5, "stages": [1, 2, 3], "num_classes": 10, "img_size": 16}
-    assert expected.items() <= settings.items()
-    assert not settings.keys() & {"student", "teacher", "teacher_weights", "teacher_num_classes", "teacher_img_size"}
-    assert finished_run.settings == settings  # reading them takes nothing from the configuration
-    copied("both", method=method | {"student": student | {"gate": "se"}, "teacher": teacher | {"gate": "se"}})
-    copied("teacher", method=method | {"teacher": teacher | {"gate": "se"}})
-    copied("alone", method={"name": "Supervised", "student": student})
-    both, own, alone = (Run(tmp_path / "runs" / name).settings for name in ("both", "teacher", "alone"))
-    assert both == settings | {"gate": "se"}
-    assert own == settings | {"teacher_gate": "se"}
-    assert not [key for key in alone if key.startswith("teacher")]
-
-
 def test_load_searches_two_levels_deep(finished_run, copied, tmp_path):
     copied("hdkd-seed0")
     for folder in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "hdkd-seed0"):
@@ -199,13 +182,54 @@ def test_arm_and_replicate_are_those_of_job_json_where_there_is_one(copied, tmp_
     job = {"plan": "p", "arm": "long-seed0", "replicate": {"seed": 1}}
     (tmp_path / "runs" / "hdkd-seed0-long-seed1" / "job.json").write_text(json.dumps(job))
     table = runs.load(tmp_path / "runs")
-    assert sorted(table.kind) == ["hdkd", "long-seed0"]
+    assert sorted(table.arm) == ["hdkd", "long-seed0"]
     assert Run(tmp_path / "runs" / "hdkd-seed0-long-seed1").job == job
 
 
-def test_a_table_knows_that_its_questions_changed(copied, tmp_path):
+def test_replicates_are_those_of_the_plan_and_else_seed_fold_and_fraction(finished_run, copied, tmp_path):
+    copied("a-seed0", seed=1000)
+    job = {"plan": "p", "arm": "a", "replicate": {"draw": 3, "seed": 0}}
+    (tmp_path / "runs" / "a-seed0" / "job.json").write_text(json.dumps(job))
+    copied("b-seed0")
+    copied("c-seed0", data=finished_run.config["data"] | {"fraction": 0.1})
+    table = runs.load(tmp_path / "runs").set_index("arm")
+    assert table.replicate.to_dict() == {"a": "draw 3, seed 0", "b": "seed 0, fold 0", "c": "seed 0, fold 0, fraction 0.1"}
+
+
+def test_the_plan_of_runs_is_read_from_beside_them(copied, tmp_path):
     copied("hdkd-seed0")
-    assert "questions_changed_after" not in runs.load(tmp_path / "runs").attrs
-    (tmp_path / "runs" / "plan.json").write_text(json.dumps({"asked": {}, "questions_changed_after": 3}))
-    frame = runs.load(tmp_path / "runs")
-    assert "Questions changed after 3 runs." in tables.provenance(frame)
+    assert runs.plan(tmp_path / "runs") == {}
+    (tmp_path / "runs" / "plan.json").write_text(json.dumps({"name": "p", "questions_changed_after": 3}))
+    assert runs.plan(tmp_path / "runs")["questions_changed_after"] == 3
+
+
+def test_predictions_that_were_not_kept_are_missed_by_name(copied, tmp_path):
+    copied("hdkd-seed0")
+    (tmp_path / "runs" / "hdkd-seed0" / "predictions_last.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="hdkd-seed0 holds no predictions of its last epoch"):
+        Run(tmp_path / "runs" / "hdkd-seed0").predictions("last")
+
+
+def test_a_published_plan_is_what_its_manifest_says(copied, tmp_path):
+    copied("hdkd-seed0")
+    folder = tmp_path / "published"
+    packing.pack({"hdkd-seed0": tmp_path / "runs" / "hdkd-seed0"}, folder)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"plan": "published", "files": files}))
+    assert len(runs.load(folder)) == len(runs.load(tmp_path / "runs")) == 1
+    (folder / "history.csv.gz").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"history.csv.gz is not the file that was published; restore .* make publish PLAN"):
+        runs.load(folder)
+    (folder / "history.csv.gz").unlink()
+    with pytest.raises(ValueError, match=r"history.csv.gz is missing; restore"):
+        runs.load(folder)
+    (folder / "runs.json").unlink()
+    with pytest.raises(ValueError, match=r"published in an older form; publish it anew: make publish PLAN=published"):
+        runs.load(folder)
+
+
+def test_a_published_run_has_no_weights_and_says_so(copied, tmp_path):
+    copied("hdkd-seed0")
+    packing.pack({"hdkd-seed0": tmp_path / "runs" / "hdkd-seed0"}, tmp_path / "packed")
+    with pytest.raises(FileNotFoundError, match="published without weights; train it: make study PLAN=packed"):
+        Run(tmp_path / "packed" / "hdkd-seed0").student()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 import study
+from hdkd_lib import runs, statistics, tables
 
 TINY = """
 parameters: {dataset: digits, image_size: 16, recipe: nano, fraction: 0.05, epochs: 1}
@@ -218,7 +221,7 @@ def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_run
     assert extended.returncode == 0, extended.stderr
     assert (folder / "another-seed0" / "metrics.json").exists()  # a table that is there does not stand for it
     published = subprocess.run([sys.executable, "study.py", "publish", "fake"], cwd=fake, capture_output=True, text=True)
-    assert published.returncode == 1  # these notebooks write no history
+    assert published.returncode == 1  # these notebooks write no predictions
 
 
 def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(fake):
@@ -299,8 +302,8 @@ def test_a_plan_that_extends_another_merges_its_arms_and_questions(plan):
     own += "questions: {stages: {ask: Do stages help?, contrasts: {than one: [hdkd, logits]}}}"
     expanded = study.expand(plan(own))
     assert expanded["jobs"]["logits-draw0-seed0"]["parameters"]["options"] == {"alpha": 0.3, "stages": [3]}
-    assert expanded["asked"]["questions"].keys() == {"hdkd", "stages"}
-    assert expanded["asked"]["epoch"] == "last"
+    assert expanded["content"]["questions"].keys() == {"hdkd", "stages"}
+    assert expanded["content"]["epoch"] == "last"
 
 
 @pytest.mark.parametrize(
@@ -371,6 +374,25 @@ def test_questions_that_change_after_runs_are_counted(plan, tmp_path):
     assert noted() == 2
 
 
+def test_a_plan_file_of_an_older_form_is_read_as_the_same_questions(plan, tmp_path):
+    expanded = study.expand(plan(ARMS))
+    finished(tmp_path, "student-draw0-seed0")
+    (tmp_path / "plan.json").write_text(json.dumps({"asked": study._asked(expanded["content"])}))
+    study._note_changed_questions(expanded, tmp_path)
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert "questions_changed_after" not in content
+    assert (content["name"], content["metric"], content["runs"]) == ("tiny", "accuracy", expanded["content"]["runs"])
+
+
+def test_a_dry_run_says_what_each_contrast_can_show(plan, capsys):
+    study._print_power(study.expand(plan(ARMS))["content"])
+    text = capsys.readouterr().out
+    assert "Does it help? n = 2, 1 contrast" in text
+    found = statistics.detectable(1.0, 2)
+    assert f"hdkd - student (than no teacher): finds {found:.1f} standard deviations" in text
+    assert f"2 points if that is at most {2 / found:.1f} points" in text
+
+
 @pytest.fixture
 def published(plan, tmp_path, monkeypatch):
     """A plan of which `published(*names)` are packed; the packed form is a stand-in."""
@@ -431,3 +453,74 @@ def test_replicates_run_one_after_the_other(fake):
     assert (fake / "ORDER").read_text().split() == [f"{arm}-seed{seed}" for seed in (1, 0) for arm in "bac"]
     job = json.loads((fake / "results" / "runs" / "order" / "b-seed0" / "job.json").read_text())
     assert (job["plan"], job["arm"], job["replicate"]) == ("order", "b", {"seed": 0})
+
+
+# Publishing
+
+
+@pytest.fixture
+def trained(plan, finished_run, tmp_path):
+    """`trained(**changes to environment)`: all runs of a plan of six arms and two replicates, as copies of one run."""
+
+    def trained(names=None, **environment):
+        expanded = study.expand(plan(ARMS))
+        for name, job in expanded["jobs"].items():
+            if job["report"] or (names and name not in names):
+                continue
+            folder = tmp_path / "results" / "runs" / "tiny" / name
+            shutil.copytree(finished_run.path, folder, dirs_exist_ok=True)
+            own = json.loads((folder / "environment.json").read_text()) | {"commit": "c" * 40, "uncommitted_changes": False}
+            (folder / "environment.json").write_text(json.dumps(own | environment))
+        study._note_changed_questions(expanded, tmp_path / "results" / "runs" / "tiny")
+        return tmp_path / "results" / "published" / "tiny"
+
+    return trained
+
+
+def test_a_published_plan_is_about_ten_files_without_a_path_of_this_machine(trained, tmp_path):
+    published = trained()
+    assert study.publish("tiny").startswith("12 runs packed anew, 12 of 12 in")
+    names = {path.name for path in published.iterdir()}
+    packed = {"runs.json", "history.csv.gz", "splits.csv.gz", "predictions.csv.gz"}
+    assert names == packed | {
+        *("plan.yaml", "plan.json", "tables", "figures", "09_tables.ipynb", "10_figures.ipynb", "manifest.json")
+    }
+    assert (published / "tables" / "verdicts.md").exists()
+    assert {path.suffix for path in (published / "figures").iterdir()} == {".png", ".pdf"}
+    for notebook in published.glob("*.ipynb"):
+        assert str(tmp_path) not in notebook.read_text()
+    frame, original = runs.load(published), runs.load(tmp_path / "results" / "runs" / "tiny")
+    pd.testing.assert_frame_equal(frame.drop(columns="path"), original.drop(columns="path"))
+    again = tmp_path / "again"
+    tables.write_all(frame, runs.plan(published), again)
+    assert (again / "verdicts.md").read_text() == (published / "tables" / "verdicts.md").read_text()
+
+
+def test_runs_that_do_not_belong_together_are_published_only_as_mixed(trained):
+    published = trained()
+    trained({"student-draw0-seed0"}, commit="d" * 40)
+    trained({"hdkd-draw0-seed0"}, uncommitted_changes=True)
+    own = published.parents[1] / "runs" / "tiny" / "again-draw0-seed0"
+    job = {"plan": "tiny", "arm": "again", "replicate": {"draw": 0, "seed": 0}, "notebook": "run", "parameters": {"seed": 7}}
+    (own / "job.json").write_text(json.dumps(job))
+    message = (
+        r"not published: its runs are of 2 commits \(c{12}, d{12}\); 1 runs had uncommitted .*hdkd-draw0.*; 1 runs have other "
+    )
+    for partial in (True, False):
+        with pytest.raises(ValueError, match=message):
+            study.publish("tiny", partial=partial)
+    assert not (published / "runs.json").exists()
+    study.publish("tiny", partial=True, mixed=True)
+    assert "its runs are of 2 commits" in tables.provenance(runs.load(published), runs.plan(published))
+
+
+def test_what_is_finished_is_packed_and_added_to(trained):
+    published = trained({"teacher-draw0-seed0", "student-draw0-seed0"})
+    with pytest.raises(FileNotFoundError, match=r"tiny is not finished .teacher-draw1-seed1, student-draw1-seed1"):
+        study.publish("tiny")
+    assert study.publish("tiny", partial=True).startswith("2 runs packed anew, 2 of 12 in")
+    (published / "notes.md").write_text("stays")
+    trained({"hdkd-draw0-seed0"})
+    assert study.publish("tiny", partial=True).startswith("1 runs packed anew, 3 of 12 in")
+    assert (published / "notes.md").exists()
+    assert tables.verdicts(runs.load(published), runs.plan(published)).verdict[0] == "1 of 2 replicates"

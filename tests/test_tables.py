@@ -1,79 +1,295 @@
+"""Verdicts, accuracies and ablations from simulated plans whose predictions are written as `fit` writes them."""
+
+import json
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from hdkd_lib import runs, tables
+from hdkd_lib import packing, runs, statistics, tables
+from hdkd_lib.methods import Supervised
+from hdkd_lib.metrics import Predictions, weighted
+from hdkd_lib.training import predict
 
-DIFFERENCE = "Δ balanced acc. to student"
-
-
-def test_a_summary_has_a_row_per_kind_of_run_with_means_and_intervals(frame):
-    table = tables.summary(frame).set_index("run")
-    assert table.index.tolist() == ["teacher", "student", "hdkd"]
-    assert table.runs.tolist() == [1, 3, 3]
-    assert table.parameters.tolist() == ["1,234,567"] * 3
-    # student: mean .80, sd .1, t(.975, 2) = 4.3027: half width 4.3027 * .1 / sqrt(3) = .2484
-    assert table["balanced acc."].tolist() == ["95.0", "80.0 ± 24.8", "82.0 ± 23.7"]
-    assert table["ECE"].tolist() == ["12.5", "12.5 ± 0.0", "12.5 ± 0.0"]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_differences_are_paired_by_seed_in_whatever_order_the_rows_come(frame, seed):
-    row = tables.summary(frame.sample(frac=1, random_state=seed)).set_index("run").loc["hdkd"]
-    # differences .02, .03, .01: mean .02, half width 4.3027 * .01 / sqrt(3) = .0248; t = 3.464, p = .074
-    assert (row[DIFFERENCE], row.p) == ("+2.0 ± 2.5", "0.074")
-
-
-def test_a_replicate_without_its_counterpart_is_left_out_of_the_difference_only(frame):
-    missing = frame[(frame.run != "student") | (frame.seed != 1)]
-    table = tables.summary(missing).set_index("run")
-    # differences .02, .01: mean .015, half width 12.706 * .005 = .0635; t = 3, p = .205
-    assert (table.loc["hdkd", DIFFERENCE], table.loc["hdkd", "p"]) == ("+1.5 ± 6.4", "0.2")
-    assert table.loc["hdkd", "balanced acc."] == "82.0 ± 23.7"
+CLASSES = ["a", "b", "c", "d"]
+PLAN = {
+    "name": "simulated",
+    "questions": {
+        "one": {"ask": "Does it help?", "contrasts": {"than nothing": ["cskd", "vit"], "than labels": ["cskd", "deit"]}},
+        "two": {"ask": "Does DeiT help?", "contrasts": {"than no teacher": ["deit", "vit"]}},
+    },
+    "metric": "accuracy",
+    "epoch": "last",
+    "smallest_difference": 0.02,
+    "parameters": {"recipe": {"epochs": 3}},
+    "replicates": [{"draw": r, "seed": r} for r in range(8)],
+    "runs": {
+        "teacher": {"network": "hdkd_teacher"},
+        "vit": {"network": "vit_tiny_patch16_224"},
+        "deit": {"like": "vit", "method": "DeiT", "teacher": "teacher", "options": {"alpha": 0.5}},
+        "cskd": {"like": "deit", "method": "CSKD"},
+        "cskd_local": {"like": "cskd", "options": {"schedule": "local"}, "recipe": {"epochs": 9}},
+    },
+}
+TRUTH = np.random.default_rng(0).integers(4, size=400)
 
 
-def test_folds_pair_with_their_own_fold(frame):
-    other = frame.assign(fold=1, balanced_accuracy=frame.balanced_accuracy + 0.01 * (frame.run == "hdkd"))
-    row = tables.summary(pd.concat([frame, other])).set_index("run").loc["hdkd"]
-    assert row.runs == 6
-    # six differences of sd .0105: half width 2.5706 * .0105 / sqrt(6) = .0110
-    assert row[DIFFERENCE] == "+2.5 ± 1.1"
+@pytest.fixture
+def simulated(tmp_path):
+    """`simulated(arm, accuracies, ...)`: finished runs of an arm, one per replicate, right about these shares of the images."""
+
+    def simulated(arm: str, accuracies, folder="runs", ids=None, dataset="cifar10", protocol="official", **changed):
+        for r, accuracy in enumerate(accuracies):
+            random = np.random.default_rng([r, len(arm), sum(map(ord, arm))])
+            path = tmp_path / folder / f"{arm}-draw{r}-seed{r}"
+            path.mkdir(parents=True)
+            own = ids(r) if ids else [f"test/{i:04}" for i in range(400)]
+            wrong = np.zeros(400, bool)
+            wrong[random.permutation(400)[: round(400 * (1 - accuracy))]] = True
+            answer = np.where(wrong, (TRUTH + 1) % 4, TRUTH)
+            probabilities = np.full((400, 4), 0.1)
+            probabilities[np.arange(400), answer] = 0.7
+            table = pd.DataFrame(probabilities, columns=CLASSES)
+            table.insert(0, "label", [CLASSES[c] for c in TRUTH])
+            table.insert(0, "id", own)
+            for file in ("predictions.csv", "predictions_last.csv"):
+                table.to_csv(path / file, index=False)
+            split = pd.DataFrame({"id": [*own, "train/0"], "part": ["test"] * 400 + ["train"]})
+            split.to_csv(path / "split.csv", index=False)
+            pd.DataFrame({"epoch": [0], "train_loss": [1.0]}).to_csv(path / "history.csv", index=False)
+            scores = dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"), accuracy) | {"ece": 0.1}
+            last = {"epoch": 2, "test": scores, "train": {"accuracy": 0.95 if arm == "teacher" else 0.8}}
+            measured = {"best": {"epoch": 1, "test": scores}, "last": last, "parameters": 1000, "seconds": 10.0}
+            measured |= {"images": {"train": 1600, "val": 50, "test": 400}, "images_per_second": 5.0}
+            method = {"name": "Supervised", "student": {"name": "vit_tiny"}} | changed.get("method", {})
+            data = {"dataset": dataset, "image_size": 32, "protocol": protocol, "fold": 0, "fraction": 1.0, "draw": r}
+            data |= {"classes": CLASSES, "split": f"s{r}"}
+            recipe = {"epochs": 3} | changed.get("recipe", {})
+            config = {"method": method, "data": data, "recipe": recipe, "seed": r, "precision": "float32"}
+            job = {"plan": "simulated", "arm": arm, "replicate": {"draw": r, "seed": r}, "notebook": "run", "parameters": {}}
+            environment = {"device": "a CPU", "commit": "c" * 40, "uncommitted_changes": False}
+            documents = {"config": config, "job": job, "environment": environment, "metrics": measured}
+            for name, content in documents.items():
+                (path / f"{name}.json").write_text(json.dumps(content))
+        return tmp_path / folder
+
+    return simulated
 
 
-def test_there_is_no_difference_where_nothing_pairs(frame):
-    table = tables.summary(frame).set_index("run")
-    assert table.loc["student", DIFFERENCE] == table.loc["student", "p"] == ""
-    assert table.loc["teacher", DIFFERENCE] == "+25.0"  # one pair: no interval, no test
-    assert table.loc["teacher", "p"] == ""
-    without = tables.summary(frame[frame.run != "student"])
-    assert set(without[DIFFERENCE]) == set(without.p) == {""}
+@pytest.fixture
+def folder(simulated):
+    """CSKD 5 points above ViT in every replicate, DeiT as good as ViT give or take 5."""
+    base = [0.50, 0.52, 0.54, 0.51, 0.53, 0.55, 0.52, 0.50]
+    simulated("teacher", [0.7] * 8)
+    simulated("vit", base)
+    simulated("deit", [b + d for b, d in zip(base, [0.05, -0.05] * 4, strict=True)])
+    return simulated("cskd", [b + 0.05 for b in base])
 
 
-def test_another_metric_and_baseline_can_be_compared(frame):
-    table = tables.summary(frame, baseline="teacher", compare="accuracy").set_index("run")
-    assert table.loc["student", "Δ accuracy to teacher"] == "-25.0"
+def test_verdicts_have_a_row_per_contrast_in_the_order_of_the_plan(folder):
+    table = tables.verdicts(runs.load(folder), PLAN)
+    assert table.claim.tolist() == ["Does it help?", "Does it help?", "Does DeiT help?"]
+    assert table.contrast.tolist() == ["CSKD - ViT: than nothing", "CSKD - DeiT: than labels", "DeiT - ViT: than no teacher"]
+    assert table.n.tolist() == [8, 8, 8]
+    assert table.difference[0].startswith("+5.0 ± ")
+    assert table.verdict[0].startswith("helps")
+    assert table.verdict[2].startswith("undecided (")
+    assert table["other sign"].tolist()[0] == "0 of 8"
+    assert float(table.p[0]) == pytest.approx(2 / 2**8, abs=1e-3)
+    assert set(table["training time"]) == {""}, "nobody has timed this plan"
 
 
-def test_written_tables_hold_every_run_the_summary_and_where_its_numbers_are_from(frame, tmp_path):
-    tables.write(frame, tmp_path / "tables")
-    runs = pd.read_csv(tmp_path / "tables" / "runs.csv")
-    pd.testing.assert_frame_equal(runs, frame.drop(columns="path"))  # a path is of one machine
-    summary = pd.read_csv(tmp_path / "tables" / "summary.csv", dtype=str, keep_default_na=False)
-    pd.testing.assert_frame_equal(summary, tables.summary(frame).astype(str))
-    text = (tmp_path / "tables" / "summary.md").read_text()
-    assert "80.0 ± 24.8" in text
-    assert "digits at 16 px, grouped split (folds 0), seeds 0, 1, 2, 3 epochs, float32; test part" in text
-    assert text.rstrip().endswith(tables.provenance(frame))
+def test_a_verdict_follows_from_the_predictions_by_other_code(folder):
+    """What an independent reader computes from predictions_last.csv."""
+    right = {}
+    for arm in ("cskd", "vit"):
+        files = [pd.read_csv(folder / f"{arm}-draw{r}-seed{r}" / "predictions_last.csv") for r in range(8)]
+        right[arm] = np.array([(of[CLASSES].idxmax(axis=1) == of.label).to_numpy(float) for of in files])
+    per_image = right["cskd"] - right["vit"]
+    d, N = per_image.mean(1), per_image.shape[1]
+    v, w = per_image.mean(0).var(ddof=1) / N, (per_image.var(axis=1, ddof=1) / N).mean()
+    shared = max(0, (8 * v - w) / 7)
+    variance = d.var(ddof=1) / 8 + shared
+    df = variance**2 / ((d.var(ddof=1) / 8) ** 2 / 7 + shared**2 / (N - 1))
+    half = statistics.stats.t.ppf(1 - 0.05 / 2 / 2, df) * math.sqrt(variance)
+    found = tables.contrasts(runs.load(folder), PLAN).result[0]
+    assert (found.mean, found.half_width, found.n) == (pytest.approx(d.mean()), pytest.approx(half), 8)
+    assert found.differences == pytest.approx(d)
 
 
-def test_the_provenance_says_which_part_chose_the_epoch_and_when_that_is_optimistic(frame):
-    optimistic = "epoch chosen on test (the paper's protocol: optimistic);"
-    assert "epoch chosen on validation;" in tables.provenance(frame)
-    assert optimistic in tables.provenance(frame.assign(selection="test"))
-    mixed = tables.provenance(frame.assign(selection=["test", *["validation"] * 6]))
-    assert "epoch chosen on test (the paper's protocol: optimistic) and validation;" in mixed
-    column = tables.summary(frame.assign(selection=["test", *["validation"] * 6]))["epoch chosen on"]
-    assert column.tolist() == ["test (the paper's protocol: optimistic)", "validation", "validation"]
+def test_the_order_of_rows_and_packing_change_nothing(folder, tmp_path):
+    frame = runs.load(folder)
+    expected = tables.verdicts(frame, PLAN)
+    pd.testing.assert_frame_equal(tables.verdicts(frame.sample(frac=1, random_state=0), PLAN), expected)
+    packing.pack({path.name: path for path in folder.iterdir()}, tmp_path / "packed")
+    pd.testing.assert_frame_equal(tables.verdicts(runs.load(tmp_path / "packed"), PLAN), expected)
+
+
+def test_before_the_planned_replicates_are_finished_there_is_no_verdict_and_no_difference(folder):
+    frame = runs.load(folder)
+    table = tables.verdicts(frame[(frame.arm != "cskd") | (frame.seed < 3)], PLAN)
+    assert table.verdict.tolist()[:2] == ["3 of 8 replicates"] * 2
+    assert table.difference.tolist()[:2] == ["", ""]
+    assert table.verdict[2].startswith("undecided")
+    without = tables.verdicts(frame[frame.arm != "cskd"], PLAN)
+    assert without.verdict[0] == "no run of cskd is finished"
+    assert len(without) == 3
+    assert tables.verdicts(frame, {}).empty
+
+
+def test_one_replicate_and_equal_scores_have_their_words(simulated):
+    simulated("vit", [0.5])
+    folder = simulated("cskd", [0.6])
+    plan = PLAN | {"replicates": [{"draw": 0, "seed": 0}], "questions": {"one": PLAN["questions"]["one"]}}
+    assert tables.verdicts(runs.load(folder), plan).verdict[0] == "no verdict"
+    simulated("vit", [0.5] * 3, "equal")
+    equal = simulated("cskd", [0.5] * 3, "equal")
+    [row] = tables.verdicts(
+        runs.load(equal),
+        PLAN
+        | {
+            "replicates": PLAN["replicates"][:3],
+            "questions": {"one": {"ask": "?", "contrasts": {"": ["cskd", "vit"]}}},
+        },
+    ).to_dict("records")
+    assert (row["verdict"], row["difference"]) == ("equal", "+0.0 ± 0.0")
+
+
+def test_folds_are_independent_replicates_whose_seeds_are_averaged(simulated):
+    def own(r):
+        return [f"fold{r // 2}/{i}" for i in range(400)]
+
+    simulated("vit", [0.5] * 6, ids=own, protocol="grouped")
+    folder = simulated("cskd", [0.52, 0.54, 0.56, 0.58, 0.54, 0.56], ids=own, protocol="grouped")
+    plan = PLAN | {"replicates": PLAN["replicates"][:6]}
+    found = tables.contrasts(runs.load(folder), plan).result[0]
+    assert found.n == 3
+    assert found.differences == pytest.approx([0.03, 0.07, 0.05])
+    sd = 0.02  # of .03, .07, .05; a fold tests 400 images and trains on 1,600
+    expected = statistics.stats.t.ppf(1 - 0.05 / 4, 2) * sd * math.sqrt(1 / 3 + 1 / 4)
+    assert found.half_width == pytest.approx(expected)
+
+
+def test_test_images_in_the_training_part_do_not_count_and_the_table_says_so(folder, monkeypatch, tmp_path):
+    left_out = frozenset(f"test/{i:04}" for i in range(0, 400, 3))
+    frame, before = runs.load(folder), tables.contrasts(runs.load(folder), PLAN).result[0]
+    monkeypatch.setattr(tables, "excluded", lambda data: left_out if data["protocol"] == "official" else frozenset())
+    tables._scored_once.cache_clear()
+    after = tables.contrasts(frame, PLAN).result[0]
+    kept = np.array([i % 3 > 0 for i in range(400)])
+    expected = []
+    for r in range(8):
+        a, b = (pd.read_csv(folder / f"{arm}-draw{r}-seed{r}" / "predictions_last.csv")[kept] for arm in ("cskd", "vit"))
+        expected.append(np.mean(a[CLASSES].idxmax(axis=1) == a.label) - np.mean(b[CLASSES].idxmax(axis=1) == b.label))
+    assert after.differences == pytest.approx(expected)
+    assert after.differences != before.differences
+    assert f"{len(left_out)} test images with a near-duplicate in the training part are left out" in tables.provenance(
+        frame, PLAN
+    )
+    tables._scored_once.cache_clear()
+
+
+def test_the_committed_list_belongs_to_the_published_split_of_cifar10():
+    listed = tables.excluded({"dataset": "cifar10", "protocol": "official"})
+    assert len(listed) == 328
+    assert all(name.startswith("test/") for name in listed)
+    assert not tables.excluded({"dataset": "cifar10", "protocol": "grouped"})
+    assert not tables.excluded({"dataset": "digits", "protocol": "official"})
+
+
+def test_accuracies_show_both_epochs_the_gate_and_the_teachers_lead(folder):
+    table = tables.accuracies(runs.load(folder), PLAN).set_index("arm")
+    assert table.loc["vit", "accuracy, last epoch"].startswith("52.1 ± ")
+    assert table.loc["vit", "training images"] == "80.0 (not learned)"
+    assert table.loc["teacher", "training images"] == "95.0"
+    assert table.loc["deit", "teacher"] == "teacher"
+    assert table.loc["deit", "teacher's lead"].startswith("+17.9 ± ")  # 70 - 52.1, over the plain ViT
+    assert table.loc["vit", "teacher's lead"] == ""
+    assert set(table.pretrained) == {"no"}
+
+
+def test_pretrained_networks_are_named(simulated):
+    networks = {"student": {"name": "vit"}, "teacher": {"name": "efficientnet_lite0", "pretrained": True}}
+    folder = simulated("deit", [0.5, 0.6], method={"name": "DeiT", **networks})
+    assert tables.accuracies(runs.load(folder), PLAN).pretrained.tolist() == ["teacher"]
+
+
+def test_changes_are_what_an_arm_says_beside_like():
+    found = tables.changes(PLAN)
+    assert found["deit"] == ("vit", "taught by teacher, method DeiT, alpha 0.5")
+    assert found["cskd"] == ("deit", "method CSKD")
+    assert found["cskd_local"] == ("cskd", "schedule linear → local, epochs 3 → 9")
+    assert found.keys() == {"deit", "cskd", "cskd_local"}
+
+
+def test_ablations_have_the_interval_of_their_question_and_others_their_own(folder):
+    frame = runs.load(folder)
+    table, asked = tables.ablations(frame, PLAN).set_index("arm"), tables.contrasts(frame, PLAN)
+    assert table.loc["cskd", "result"] == asked.result[1]
+    assert (table.loc["deit", "question"], table.loc["deit", "result"]) == ("two", asked.result[2])
+    assert table.loc["cskd_local", ["n", "result"]].tolist() == [0, None]
+    turned = PLAN | {"questions": {"one": {"ask": "?", "contrasts": {"": ["deit", "cskd"]}}}}
+    other = tables.ablations(frame, turned).set_index("arm")
+    result = tables.contrasts(frame, turned).result[0]
+    assert other.loc["cskd", "result"].mean == -result.mean
+    assert other.loc["cskd", "verdict"] == f"DeiT {result.verdict}"
+    assert other.loc["deit", "question"] == ""
+    assert other.loc["deit", "result"].n == 8
+    text = tables.readable(table.reset_index())
+    assert text.loc[text.arm == "CSKD", "difference"].item() == asked.result[1].text
+
+
+def test_selection_bias_is_the_difference_to_the_arm_that_is_honest(simulated):
+    simulated("hdkd", [0.5, 0.6, 0.7])
+    folder = simulated("hdkd_paper", [0.52, 0.63, 0.74], recipe={"protocol": "paper"})
+    arms = {"hdkd": {}, "hdkd_paper": {"like": "hdkd", "parameters": {"training": "paper"}}}
+    [row] = tables.selection_bias(runs.load(folder), {"metric": "accuracy", "runs": arms}).to_dict("records")
+    assert (row["arm"], row["honest"], row["difference"]) == ("hdkd_paper", "hdkd", "+3.0 ± 2.5")
+    assert tables.selection_bias(runs.load(folder), {}).empty
+
+
+def test_training_times_count_the_teacher_and_the_epochs(folder, tmp_path, monkeypatch):
+    frame = runs.load(folder)
+    assert tables.times(frame, PLAN).loc["deit"].tolist() == [1, 1]  # all runs took ten seconds
+    file = tmp_path / "results" / "benchmarks" / "simulated-steps.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"images_per_second": {"teacher": 50.0, "vit": 100.0, "deit": 80.0, "cskd": 40.0}}))
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    times = tables.times(frame.assign(epochs=np.where(frame.arm == "cskd", 6, 3)), PLAN)
+    assert math.isnan(times.loc["cskd_local"].own), "nobody has timed it"
+    assert times.loc["deit"].tolist() == pytest.approx([1.25, 2.0])
+    assert times.loc["cskd"].tolist() == pytest.approx([5.0, 2.0])
+    assert tables.verdicts(frame, PLAN)["training time"].tolist() == ["4.5 : 1.0", "4.5 : 3.2", "3.2 : 1.0"]
+
+
+def test_tables_are_written_as_csv_markdown_and_latex_with_what_they_are_of(folder, tmp_path):
+    frame = runs.load(folder)
+    tables.write_all(frame, PLAN, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "runs.csv", *(f"{name}.{kind}" for name in ("verdicts", "accuracies") for kind in ("csv", "md", "tex")),
+    }  # fmt: skip
+    written = pd.read_csv(tmp_path / "out" / "runs.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(written, frame.drop(columns="path"), check_dtype=False)
+    latex = (tmp_path / "out" / "verdicts.tex").read_text()
+    assert r"\toprule" in latex
+    assert r"\bottomrule" in latex
+    assert r"$\pm$" in latex
+    assert "±" not in latex
+    text = (tmp_path / "out" / "verdicts.md").read_text()
+    assert text.rstrip().endswith(tables.provenance(frame, PLAN))
+
+
+def test_the_provenance_says_what_is_irregular(folder):
+    frame = runs.load(folder)
+    text = tables.provenance(frame, PLAN)
+    assert "cifar10 at 32 px, official split, replicates: draw 0, seed 0; draw 1, seed 1; draw 2" in text
+    assert "Accuracy at the last epoch; intervals are simultaneous within a question (95 %)" in text
+    assert "Questions changed" not in text
+    irregular = tables.provenance(frame, PLAN | {"questions_changed_after": 3, "mixed": ["its runs are of 2 commits (a, b)"]})
+    assert "Questions changed after 3 runs." in irregular
+    assert irregular.endswith("Published in spite of: its runs are of 2 commits (a, b).")
 
 
 def test_the_metrics_of_one_run_stand_side_by_side(finished_run):
@@ -90,100 +306,39 @@ def test_the_test_scores_of_several_runs_are_those_of_their_chosen_epochs(finish
     assert table.loc["one"].to_dict() == {title: f"{best[key]:.3f}" for key, title in tables.METRICS.items()}
 
 
-# Ablations
-
-SCORES = {(0, 0): 0.70, (1, 0): 0.80, (0, 1): 0.90, (1, 1): 0.60}  # of the reference, by seed and fold
-NETWORKS = {"student": {"name": "hdkd_student"}, "teacher": {"name": "hdkd_teacher"}}
+# Metrics of resampled images
 
 
-@pytest.fixture
-def ablated(tmp_path):
-    """`ablated(kind, differences, **changes)`: writes runs that differ so from SCORES, gives the frame of all."""
-
-    def ablated(kind: str, differences: dict, student=(), teacher=(), recipe=(), **method):
-        networks = {key: NETWORKS[key] | dict(own) for key, own in (("student", student), ("teacher", teacher))}
-        for (seed, fold), difference in differences.items():
-            data = {"dataset": "digits", "image_size": 16, "protocol": "grouped", "fold": fold, "fraction": 1.0}
-            config = {"method": {"name": "HDKD", "alpha": 0.5, **networks, **method}, "data": data, "seed": seed}
-            config |= {"recipe": {"epochs": 3, "lr": 0.002, **dict(recipe)}, "precision": "float32"}
-            measured = {"epoch": 2, "test": {"balanced_accuracy": SCORES[seed, fold] + difference, "accuracy": 0.5}}
-            metrics = {"best": measured, "last": measured, "parameters": 1, "seconds": 1.0, "images_per_second": 1.0}
-            run = runs.Run.create(tmp_path / f"{kind}-seed{seed}-fold{fold}", config)
-            runs.write_json(run.path / "metrics.json", metrics)
-            runs.write_json(run.path / "environment.json", {"device": "a CPU"})
-        return runs.load(tmp_path)
-
-    ablated("hdkd", dict.fromkeys(SCORES, 0.0))
-    return ablated
-
-
-GAINS = dict(zip(SCORES, (0.02, 0.03, 0.01, 0.04), strict=True))
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"])
+def test_weighted_metrics_are_scikit_learns_on_the_resampled_images(metric):
+    random = np.random.default_rng(0)
+    labels = random.integers(3, size=90)
+    probabilities = random.dirichlet([1, 1, 1], 90).round(1)  # with ties
+    probabilities[:, 2] = 1 - probabilities[:, :2].sum(1)
+    of = Predictions.of([str(i) for i in range(90)], labels, probabilities)
+    counts = random.multinomial(90, np.full(90, 1 / 90), 5)
+    for row, value in zip(counts, weighted(metric, of, counts), strict=True):
+        again = np.repeat(np.arange(90), row)
+        truth, said, shares = labels[again], of.predicted[again], probabilities[again]
+        expected = {
+            "accuracy": lambda: np.mean(truth == said),  # noqa: B023
+            "balanced_accuracy": lambda: recall_score(truth, said, average="macro"),  # noqa: B023
+            "macro_f1": lambda: f1_score(truth, said, average="macro"),  # noqa: B023
+            "macro_auroc": lambda: np.mean([roc_auc_score(truth == c, shares[:, c]) for c in range(3)]),  # noqa: B023
+        }[metric]()
+        assert value == pytest.approx(expected)
 
 
-def test_ablations_name_what_changed_and_put_other_methods_last(ablated):
-    ablated("both", GAINS, student={"gate": "se"}, teacher={"gate": "se"})
-    ablated("teacher", GAINS, teacher={"gate": "se"})
-    ablated("cskd", GAINS, name="CSKD", alpha=0.9)
-    ablated("two", GAINS, alpha=0.75, recipe={"lr": 0.001})
-    frame = ablated("alpha", GAINS, alpha=0.75)
-    table = tables.ablations(frame)
-    assert table[["run", "parameters", "change"]].to_numpy().tolist() == [
-        ["alpha", "alpha", "alpha 0.5 → 0.75"],
-        ["two", "alpha, lr", "alpha 0.5 → 0.75, lr 0.002 → 0.001"],
-        ["both", "gate", "gate default → se"],
-        ["teacher", "teacher_gate", "teacher gate default → se"],
-        ["cskd", "method", "CSKD, cskd"],
-    ]
-    assert tables.ablations(frame, reference="both").set_index("run").change["hdkd"] == "gate se → default"
-    alone = frame[(frame.run == "hdkd") & (frame.seed == 0) | (frame.run == "alpha") & (frame.seed == 1) | (frame.run == "two")]
-    assert tables.ablations(alone).run.tolist() == ["two"]  # where no seed and fold is shared there is no difference
-    with pytest.raises(ValueError, match="no run is named 'hdkk'; there are alpha, both, cskd, hdkd, teacher, two"):
-        tables.ablations(frame, reference="hdkk")
+@pytest.mark.parametrize("metric", tables.METRICS)
+def test_metrics_without_weights_are_those_that_runs_report(metric, finished_run, digits):
+    probabilities = predict(Supervised(student=finished_run.student("last")), digits.test)
+    of = Predictions.of(digits.test.ids, digits.test.labels, probabilities)
+    assert weighted(metric, of)[0] == pytest.approx(finished_run.metrics["last"]["test"][metric], abs=2e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ablations_pair_by_seed_and_fold_and_control_false_discoveries(ablated, seed):
-    ablated("worse", {key: gain - 0.05 for key, gain in GAINS.items()}, alpha=0.25)
-    ablated("equal", dict(zip(SCORES, (-0.1, 0.1, 0.05, -0.06), strict=True)), alpha=0.6)
-    ablated("once", {(1, 0): 0.1}, alpha=0.8)
-    frame = ablated("better", GAINS, alpha=0.75).sample(frac=1, random_state=seed)
-    table = tables.ablations(frame).set_index("run")
-    # differences .02, .03, .01, .04: mean .025, sd .0129, half width 3.1824 * .0129 / 2 = .0205; t = 3.873, p = .0305
-    row = table.loc["better", ["runs", "mean", "difference", "difference_half_width", "p"]]
-    assert row.tolist() == pytest.approx([4, 0.775, 0.025, 0.0205, 0.0305], abs=1e-4)
-    assert table.loc["worse", "difference"] == pytest.approx(-0.025)
-    once = table.loc["once"]
-    assert (once.runs, once["mean"], once.difference) == (1, pytest.approx(0.9), pytest.approx(0.1))
-    assert once[["half_width", "difference_half_width", "p", "q"]].isna().all()
-    tested = table.drop("once")
-    assert tested.q.tolist() == pytest.approx(stats.false_discovery_control(tested.p).tolist())
-    assert set(tables.ablations(frame, compare="accuracy")["difference"]) == {0}
-
-
-def test_written_ablations_hold_the_numbers_and_a_readable_table_with_its_provenance(ablated, tmp_path):
-    ablated("once", {(1, 0): 0.1}, alpha=0.8)
-    frame = ablated("better", GAINS, alpha=0.75)
-    table = tables.ablations(frame)
-    tables.write_ablations(table, tmp_path / "new" / "tables", frame)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "tables" / "ablations.csv"), table)
-    text = (tmp_path / "new" / "tables" / "ablations.md").read_text()
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
-    assert header == ["run", "change", "runs", "balanced acc.", "Δ", "p", "q"]
-    assert rows == [
-        ["better", "alpha 0.5 → 0.75", "4", "77.5 ± 18.9", "+2.5 ± 2.1", "0.03", "0.03"],
-        ["once", "alpha 0.5 → 0.8", "1", "90.0", "+10.0", "", ""],
-    ]
-    assert text.endswith(f"\n\n{tables.provenance(frame)}\n")
-
-
-def test_optimism_is_the_difference_to_the_run_that_differs_in_the_protocol_alone(ablated):
-    ablated("alpha", GAINS, alpha=0.75)
-    ablated("alpha_paper", dict.fromkeys(SCORES, 0.05), alpha=0.75, recipe={"protocol": "paper"})
-    frame = ablated("lonely_paper", GAINS, alpha=0.25, recipe={"protocol": "paper"})
-    [row] = tables.optimism(frame).to_dict("records")
-    assert (row["run"], row["honest"], row["Δ"]) == ("alpha_paper", "alpha", "+2.5 ± 2.1")
-    expected = {"chosen on test": 0.05, "last epoch": 0.05, "chosen on validation": 0.025}
-    assert {name: row[name].split()[0] for name in expected} == {
-        name: f"{100 * (sum(SCORES.values()) / len(SCORES) + gain):.1f}" for name, gain in expected.items()
-    }
-    assert tables.optimism(frame[frame.selection == "validation"]).empty
+def test_a_metric_of_probabilities_is_refused_where_only_classes_are_kept():
+    of = Predictions(np.array(["a", "b"]), np.array([0, 1]), np.array([0, 1]), np.array([0.9, 0.8]))
+    with pytest.raises(ValueError, match="macro_auroc needs the probabilities of all classes"):
+        weighted("macro_auroc", of)
+    with pytest.raises(ValueError, match="unknown metric 'acuracy'"):
+        weighted("acuracy", of)

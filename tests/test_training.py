@@ -179,7 +179,7 @@ def test_the_best_epoch_has_the_highest_validation_score_then_the_lowest_cross_e
     assert_close(load_file(run.path / "best.safetensors"), weights[2], rtol=0, atol=0)
     assert_close(load_file(run.path / "last.safetensors"), weights[4], rtol=0, atol=0)
     assert not torch.equal(weights[2]["head.weight"], weights[3]["head.weight"])
-    kept = torch.tensor(run.predictions[digits.classes].to_numpy(), dtype=torch.float32)
+    kept = torch.tensor(run.predictions().probabilities, dtype=torch.float32)
     best, last = (training.predict(Supervised(student=run.student(which)), digits.test) for which in ("best", "last"))
     assert_close(kept, best, rtol=0, atol=2e-6)
     assert (kept - last).abs().max() > 1e-4

@@ -12,9 +12,11 @@ from hdkd_lib import runs
 from hdkd_lib.training import autocast, resolve_device, resolve_precision
 
 
-def options(description: str) -> argparse.Namespace:
-    """--batch, --repeats, --device and --precision (both resolved), --out."""
+def options(description: str, *positional: str) -> argparse.Namespace:
+    """--batch, --repeats, --device and --precision (both resolved), --out, and what is said without a name."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in positional:
+        parser.add_argument(name)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
