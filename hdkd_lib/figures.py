@@ -38,6 +38,7 @@ STYLES = {
 SPARE = (("#3f51b5", "<"), ("#a0740b", ">"), ("#2e6b34", "p"), ("#b23a3a", "d"), ("#555f8a", "H"), ("#8f4f8f", "8"))
 PALETTE = [color for color, _ in STYLES.values() if color != STYLES["teacher"][0]]
 WIDTH, SMALL = 10.0, 9
+DASHES = ("--", ":", "-.", (0, (6, 2)))  # of classifiers that train no network
 
 
 def styles(arms: Sequence[str]) -> dict[str, dict]:
@@ -289,10 +290,12 @@ def comparison(
 
     Args:
         frame: of `runs.load`.
-        baselines: of `tables.baselines`: their means are dashed lines.
+        baselines: of `baselines.measure`: their means are dashed lines.
     """
     names = list(dict.fromkeys(frame.run))
     styled = styles(names)
+    if baselines is not None:
+        baselines = baselines[baselines.replicate.isin(frame.replicate)]
     figure, axes = _subplots(1, len(metrics), figsize=(WIDTH, max(3.2, 0.3 * len(names) + 1.2)), squeeze=False, sharey=True)
     for axis, metric in zip(axes[0], metrics, strict=True):
         values = frame.assign(score=100 * frame[f"last_{metric}"])
@@ -306,7 +309,11 @@ def comparison(
             half = None if np.isnan(estimate.half_width) else estimate.half_width
             axis.errorbar(estimate.mean, y + 0.25, xerr=half, fmt="|", color="black", ms=8, capsize=2, zorder=3)
         low, high = axis.get_xlim()  # an interval of few runs may reach beyond what the metric can be
-        _baselines(axis, baselines, metric, vertical=True)
+        if baselines is not None and metric in baselines:
+            for dashes, (words, score) in zip(
+                DASHES, baselines.groupby("classifier", sort=False)[metric].mean().items(), strict=False
+            ):
+                axis.axvline(100 * score, color="0.45", lw=1, ls=dashes, label=f"{words}: {100 * score:.1f} %", zorder=0)
         axis.set(xlabel=f"{METRICS[metric]} (%)", xlim=(max(low, 0), min(high, 101)))
         _arrows(axis, [(interval(values[values.run == name].score), y + 0.25) for y, name in enumerate(names)])
     axes[0, 0].set_yticks(range(len(names)), [title(name) for name in names])
@@ -456,7 +463,7 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines
 
     Args:
         frame: of `runs.load`.
-        baselines: of `tables.baselines`: their means are dashed lines.
+        baselines: of `baselines.measure`: dashed lines through their means.
     """
     figure, axis = _subplots(figsize=(8, 4))
     arms, values = list(dict.fromkeys(frame.arm)), frame.assign(score=100 * frame[f"last_{metric}"])
@@ -474,7 +481,13 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     low, high = values.score.min(), values.score.max()
-    _baselines(axis, baselines, metric)
+    if baselines is not None and metric in baselines:
+        share = baselines.replicate.map(frame.drop_duplicates("replicate").set_index("replicate").fraction)
+        for dashes, (words, scores) in zip(
+            DASHES, baselines.assign(share=share).groupby("classifier", sort=False), strict=False
+        ):
+            scores = 100 * scores.groupby("share")[metric].mean()
+            axis.plot(100 * scores.index, scores, color="0.45", lw=1, ls=dashes, label=words, zorder=0)
     axis.set_ylim(max(low - 0.3 * (high - low) - 1, 0), min(high + 0.3 * (high - low) + 1, 101))
     _arrows(axis, marked, vertical=True)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
@@ -532,15 +545,6 @@ def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
     figure, axes = plt.subplots(*arguments, figsize=(scale * width, scale * height), **options)
     plt.close(figure)
     return figure, axes
-
-
-def _baselines(axis: plt.Axes, baselines: pd.DataFrame | None, metric: str, vertical: bool = False) -> None:
-    """Mean scores of classifiers that train no network, as dashed lines; their scores stand in the legend."""
-    if baselines is None or metric not in baselines:
-        return
-    for i, (name, score) in enumerate((100 * baselines.groupby("classifier", sort=False)[metric].mean()).items()):
-        line = axis.axvline if vertical else axis.axhline
-        line(score, color="0.45", lw=1, ls=("--", ":", "-.", (0, (6, 2)))[i % 4], label=f"{name}: {score:.1f} %", zorder=0)
 
 
 def _arrows(axis: plt.Axes, marked: Sequence[tuple], vertical: bool = False) -> None:

@@ -323,14 +323,15 @@ def write(table: pd.DataFrame, path: str | Path, note: str) -> None:
 
 
 def write_all(frame: pd.DataFrame, plan: Mapping, folder: str | Path) -> None:
-    """runs.csv (a row per run), and verdicts and accuracies (`write`), in `folder`."""
+    """runs.csv (a row per run), and accuracies, verdicts and selection_bias where there are any (`write`), in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     frame.drop(columns="path").to_csv(folder / "runs.csv", index=False)
     note = provenance(frame, plan)
     write(accuracies(frame, plan), folder / "accuracies", note)
-    if plan.get("questions"):
-        write(verdicts(frame, plan), folder / "verdicts", note)
+    for make in (verdicts, selection_bias):
+        if len(table := make(frame, plan)):
+            write(table, folder / make.__name__, note)
 
 
 def metrics(measured: dict) -> pd.DataFrame:

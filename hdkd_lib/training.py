@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -199,10 +200,7 @@ def _train(
         network = nn.parallel.DistributedDataParallel(task, forward_sync_buffers=False, find_unused_parameters=True)
     if rank == 0:
         write_json(run.path / "environment.json", runs.environment(device) | {"processes": processes})
-        parts = ("train", "val", "test") if data.val is not data.test else ("train", "test")
-        sides = {part: getattr(data, part) for part in parts}
-        split = pd.concat([pd.DataFrame({"id": of.ids, "part": part, "group": of.groups}) for part, of in sides.items()])
-        write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
+        _write_split(run, data, with_groups=False)
 
     done = len(history)
     quiet = "TQDM_DISABLE" in os.environ or rank > 0  # tqdm's notebook bar does not read the variable itself
@@ -315,10 +313,20 @@ def _check_skill(task: Method, data: Data, precision: str, force: bool) -> None:
         )
 
 
+def _write_split(run: Run, data: Data, with_groups: bool) -> None:
+    """split.csv: before training who is where; what belongs together of the test part is read after it."""
+    sides = {part: getattr(data, part) for part in ("train", "val", "test") if part != "val" or data.val is not data.test}
+    split = pd.concat([pd.DataFrame({"id": of.ids, "part": part}) for part, of in sides.items()])
+    if with_groups:
+        split["group"] = np.concatenate([of.groups for of in sides.values()])
+    write_atomically(run.path / "split.csv", lambda aside: split.to_csv(aside, index=False))
+
+
 def _finish(
     task: Method, data: Data, recipe: Recipe, run: Run, precision: str, epochs: dict[str, int], history: list[dict]
 ) -> None:
     """The one use of the test part."""
+    _write_split(run, data, with_groups=True)
     measured = {}
     for which, file in (("last", "predictions_last.csv"), ("best", "predictions.csv")):
         task.student.load_state_dict(load_file(run.path / f"{which}.safetensors"))

@@ -211,7 +211,8 @@ def test_agreement_has_a_bar_per_stage_and_student():
 
 
 def test_a_comparison_shows_every_replicate_every_mean_and_the_baselines(frame):
-    neighbours = pd.DataFrame({"classifier": ["chance", "chance"], "balanced_accuracy": [0.6, 0.7]})
+    neighbours = pd.DataFrame({"classifier": "chance", "replicate": ["seed 0", "seed 1", "another"]})
+    neighbours["balanced_accuracy"] = [0.6, 0.7, 0.1]
     figure = figures.comparison(frame.sample(frac=1, random_state=0), ["balanced_accuracy", "ece"], neighbours)
     assert len(figure.axes) == 2
     axis = figure.axes[0]
@@ -296,11 +297,14 @@ def test_heatmaps_have_a_row_per_entry_and_a_scale_per_map():
 def test_efficiency_draws_every_replicate_a_mean_and_an_interval_per_arm_and_share():
     rows = [(arm, share, 0.5 + share / 4 + seed / 100) for arm in ("vit", "cskd") for share in (0.1, 1.0) for seed in range(3)]
     frame = pd.DataFrame(rows, columns=["arm", "fraction", "last_balanced_accuracy"])
-    neighbours = pd.DataFrame({"classifier": ["chance"], "balanced_accuracy": [0.1]})
-    figure = figures.efficiency(frame, baselines=neighbours)
+    frame["replicate"] = "fraction " + frame.fraction.astype(str)
+    neighbours = pd.DataFrame({"classifier": "nearest", "replicate": ["fraction 0.1", "fraction 1.0"]})
+    figure = figures.efficiency(frame, baselines=neighbours.assign(balanced_accuracy=[0.3, 0.8]))
     [axis] = figure.axes
     lines = [container.lines[0] for container in axis.containers]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chance: 10.0 %", "ViT", "CSKD"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["nearest", "ViT", "CSKD"]
+    [dashed] = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert (list(dashed.get_xdata()), list(dashed.get_ydata())) == ([10, 100], [30, 80])
     for line in lines:
         np.testing.assert_allclose(np.array(line.get_ydata(), float), [53.5, 76.0])
         np.testing.assert_allclose(np.array(line.get_xdata(), float), [10, 100], rtol=0.03)

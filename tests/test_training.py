@@ -256,7 +256,9 @@ def test_split_csv_lists_each_image_once_with_its_part(finished_run, digits):
     split = pd.read_csv(finished_run.path / "split.csv", dtype=str)
     assert split.id.is_unique
     for part in ("train", "val", "test"):
-        assert split[split.part == part].id.tolist() == getattr(digits, part).ids
+        own = split[split.part == part]
+        assert own.id.tolist() == getattr(digits, part).ids
+        assert own.group.astype(int).tolist() == getattr(digits, part).groups.tolist()
 
 
 def test_predict_gives_probabilities_in_eval_mode_and_restores_the_mode(make_task, digits):

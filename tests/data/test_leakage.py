@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from hdkd_lib.data.cache import Signatures, decode
-from hdkd_lib.data.leakage import audit, main, near_duplicates, optimism, pictures
+from hdkd_lib.data.leakage import audit, copies_in_train, main, near_duplicates, optimism, pictures
 from hdkd_lib.data.sources import Source
 from hdkd_lib.data.splits import FOLDS, split
 
@@ -241,6 +242,17 @@ def test_optimism_measures_the_test_part_by_all_that_is_not_test():
 @pytest.fixture
 def leaky(image_folder) -> Path:
     return image_folder(*(f"data/{part}/{c}/{i}.png" for part in ("train", "test") for c in "ab" for i in range(3)))
+
+
+def test_test_images_that_look_like_a_training_image_are_found_mirrored_or_brighter():
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(40, 200, (8, 3, 12, 12), generator=random, dtype=torch.uint8)
+    images[5], images[6] = images[0].flip(2), images[1] + 20
+    images[7] = images[2].roll(3, 2)  # a shifted copy is not found
+    found = copies_in_train(images, [f"i{i}" for i in range(8)], ["train"] * 3 + ["val"] + ["test"] * 4)
+    assert found[["id", "train", "is_mirrored"]].to_numpy().tolist() == [["i5", "i0", True], ["i6", "i1", False]]
+    assert found.correlation.tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert copies_in_train(images[4:], list("abcd"), ["train"] * 2 + ["test"] * 2).empty
 
 
 def test_the_command_line_counts_pictures_that_cross_the_parts(leaky, cache, capsys):
