@@ -5,15 +5,14 @@
     python study.py publish smoke --partial # pack what is finished so far, without tables and figures
 
 A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, draw, fold), `threads` per run,
-`reports` (notebooks that show the result), and `runs`, its arms: parameters of run.ipynb (`seed` is added to the replicate's),
-and `teacher`, the arm that teaches it in the same replicate. An arm that is `like` another differs from it in what it says
-itself, and so does a plan that `extends` another; dicts merge one level deep.
+`reports` (notebooks that show the result, with their parameters if they are a dict), and `runs`, its arms: parameters of
+run.ipynb, or of the chapter that is its `notebook` (`seed` is added to the replicate's), and `teacher`, the arm that teaches it
+in the same replicate, or a pretrained network. An arm that is `like` another differs from it in what it says itself, and so does a plan that `extends`
+another; dicts merge one level deep.
 
 What is to be decided stands in the plan before anything runs: each of its `questions` asks a sentence (`ask`) and has
 `contrasts`, pairs of arms by name, judged by `metric` at `epoch` (last or best), where less than `smallest_difference` does not
 matter.
-
-An arm with a `notebook` of its own has its parameters under `parameters`; `notebooks` are parameters for all arms of one.
 
 A job's process imports nothing of the library and starts in a second; its notebook imports what it needs.
 """
@@ -36,8 +35,9 @@ import psutil
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
-ASKED = ("questions", "metric", "epoch", "smallest_difference")
-KEYS = ["extends", "parameters", "notebooks", "replicates", "threads", "runs", "reports", *ASKED]
+QUESTIONS = ("questions", "metric", "epoch", "smallest_difference")
+KEYS = ["extends", "parameters", "replicates", "threads", "runs", "reports", *QUESTIONS]
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 
 
 def expand(plan: str) -> dict:
@@ -53,43 +53,38 @@ def expand(plan: str) -> dict:
     content = _read(plan)
     arms = {arm: _arm(arm, content["runs"], plan) for arm in content["runs"]}
     jobs = {}
-    for arm, run in arms.items():
+    for arm, (notebook, teacher, own) in arms.items():
         for replicate in content["replicates"]:
             suffix = "".join(f"-{key}{value}" for key, value in replicate.items())
-            levels = (
-                content.get("parameters"),
-                content.get("notebooks", {}).get(run["notebook"]),
-                run["parameters"],
-                replicate,
-            )
-            parameters = {}
-            for level in levels:
-                parameters = _merge(parameters, level or {}) if run["notebook"] == "run" else parameters | (level or {})
-            if run["notebook"] == "run" and "seed" in run["parameters"] and "seed" in replicate:
-                parameters["seed"] = run["parameters"]["seed"] + replicate["seed"]
+            parameters = _merge(_merge(content.get("parameters") or {}, own), replicate)
+            if "seed" in own and "seed" in replicate:
+                parameters["seed"] = own["seed"] + replicate["seed"]
             needs = []
-            if "teacher" in run:
-                needs = [_known(run["teacher"], list(arms), f"teacher of run {arm} in {plan}.yaml") + suffix]
-                if run["notebook"] == "run":
+            if isinstance(teacher, dict):
+                parameters["teacher"] = teacher
+            elif teacher:
+                needs = [_known(teacher, list(arms), f"teacher of run {arm} in {plan}.yaml") + suffix]
+                if notebook == "run":
                     parameters["teacher"] = {"epoch": content.get("epoch", "best")}
+                elif content.get("epoch", "best") != "best":
+                    raise ValueError(f"{plan}.yaml: a teacher of {notebook}.ipynb teaches by its best epoch; say epoch: best")
             jobs[f"{arm}{suffix}"] = {
-                "notebook": run["notebook"], "parameters": parameters, "needs": needs, "report": False,
+                "notebook": notebook, "parameters": parameters, "needs": needs, "report": False,
                 "arm": arm, "replicate": replicate,
             }  # fmt: skip
-    for notebook in content.get("reports", ["09_tables", "10_figures"]):
-        parameters = content.get("notebooks", {}).get(notebook, {})
+    reports = content.get("reports", ["09_tables", "10_figures"])
+    for notebook in reports:
+        parameters = reports[notebook] if isinstance(reports, dict) else {}
         jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
-    for name in content.get("notebooks", {}):
-        _known(name, [job["notebook"] for job in jobs.values()], f"notebook in {plan}.yaml")
     for name, job in jobs.items():
         _check_parameters(name, job)
-    _check_questions(plan, _asked(content), list(arms))
+    _check_questions(plan, content, list(arms))
     _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"])
     return {"plan": plan, "threads": content.get("threads", 1), "content": content, "jobs": jobs}
 
 
-def _asked(content: dict) -> dict:
-    return {key: content[key] for key in ASKED if key in content}
+def _questions(content: dict) -> dict:
+    return {key: content[key] for key in QUESTIONS if key in content}
 
 
 def _merge(base: dict, own: dict) -> dict:
@@ -100,25 +95,28 @@ def _merge(base: dict, own: dict) -> dict:
     return base | own | both
 
 
-def _arm(arm: str, runs: dict, plan: str, above: tuple = ()) -> dict:
-    """{"notebook", "parameters", "teacher"} of an arm, with what it takes from the arm that it is `like`."""
+def _arm(arm: str, runs: dict, plan: str, above: tuple = ()) -> tuple[str, str | dict, dict]:
+    """Notebook, teacher and parameters of an arm, with what it takes from the arm that it is `like`."""
     if arm in above:
         raise ValueError(f"arms of {plan}.yaml are like one another in a circle: {', '.join((*above, arm))}")
-    run = dict(runs[arm])
-    base = {"notebook": "run", "parameters": {}}
-    if "like" in run:
-        base = _arm(_known(run.pop("like"), list(runs), f"arm that {arm} is like in {plan}.yaml"), runs, plan, (*above, arm))
-    own = {key: run.pop(key) for key in ("notebook", "teacher") if key in run}
-    if own.get("notebook", base["notebook"]) == "run":
-        return base | own | {"parameters": _merge(base["parameters"], run)}
-    for key in run:
-        _known(key, ["notebook", "parameters", "teacher", "like"], f"key of run {arm} in {plan}.yaml")
-    return base | own | {"parameters": base["parameters"] | run.get("parameters", {})}
+    own = dict(runs[arm])
+    if "parameters" in own:
+        raise ValueError(f"{plan}.yaml is of the old form: {_NEW_FORM} (arm {arm})")
+    notebook, teacher, parameters = "run", "", {}
+    if "like" in own:
+        of = _known(own.pop("like"), list(runs), f"arm that {arm} is like in {plan}.yaml")
+        notebook, teacher, parameters = _arm(of, runs, plan, (*above, arm))
+    return own.pop("notebook", notebook), own.pop("teacher", teacher), _merge(parameters, own)
 
 
-def _check_questions(plan: str, asked: dict, arms: list[str]) -> None:
+_NEW_FORM = (
+    "an arm's parameters stand in the arm itself now, as in hdkd: {network: hdkd_student_distilled_nano, method: HDKD, ...}"
+)
+
+
+def _check_questions(plan: str, content: dict, arms: list[str]) -> None:
     """What is asked must be answerable by the plan's arms."""
-    for name, question in asked.get("questions", {}).items():
+    for name, question in content.get("questions", {}).items():
         for key in question:
             _known(key, ["ask", "contrasts"], f"key of question {name} in {plan}.yaml")
         if not question.get("ask") or not question.get("contrasts"):
@@ -128,30 +126,31 @@ def _check_questions(plan: str, asked: dict, arms: list[str]) -> None:
                 raise ValueError(f"contrast {words!r} of question {name} in {plan}.yaml must be two arms, [a, b] (got {pair})")
             for arm in pair:
                 _known(arm, arms, f"arm in contrast {words!r} of question {name} in {plan}.yaml")
-    if "questions" in asked and (missing := [key for key in ASKED if key not in asked]):
+    if "questions" in content and (missing := [key for key in QUESTIONS if key not in content]):
         raise ValueError(f"{plan}.yaml asks questions, which need {', '.join(missing)}, too")
-    if "epoch" in asked:
-        _known(asked["epoch"], ["last", "best"], f"epoch in {plan}.yaml")
-    if not 0 < asked.get("smallest_difference", 1) <= 1:
+    if "epoch" in content:
+        _known(content["epoch"], ["last", "best"], f"epoch in {plan}.yaml")
+    if not 0 < content.get("smallest_difference", 1) <= 1:
         raise ValueError(
-            f"smallest_difference in {plan}.yaml must be above 0 and at most 1 (got {asked['smallest_difference']})"
+            f"smallest_difference in {plan}.yaml must be above 0 and at most 1 (got {content['smallest_difference']})"
         )
-    if "metric" in asked:
+    if "metric" in content:
         from hdkd_lib.tables import METRICS
 
-        _known(asked["metric"], list(METRICS), f"metric in {plan}.yaml")
+        _known(content["metric"], list(METRICS), f"metric in {plan}.yaml")
 
 
 def _check_arms(plan: str, jobs: list[dict]) -> None:
     """The names that only the library knows: networks, recipes and their fields, methods and their options."""
     for arm, job in {job["arm"]: job for job in jobs}.items():
-        from hdkd_lib import experiment, models, recipes
+        from hdkd_lib import experiment, inversion, models, recipes
 
         parameters = _defaults("run") | job["parameters"]
         try:
-            experiment.check(parameters["method"], parameters["options"], has_teacher=bool(job["needs"]))
+            experiment.check(parameters["method"], parameters["options"], has_teacher=bool(parameters["teacher"]))
             models.check_name(parameters["network"])
             recipes.get(**parameters["recipe"])
+            inversion.settings(**{key: value for key, value in parameters["synthesis"].items() if key != "per_class"})
         except ValueError as error:
             raise ValueError(f"arm {arm} in {plan}.yaml: {error}") from error
 
@@ -163,15 +162,13 @@ def _read(plan: str) -> dict:
     folder = NOTEBOOKS / "plans"
     path = folder / f"{_known(plan, [file.stem for file in folder.glob('*.yaml')], 'plan')}.yaml"
     content = YAML(typ="safe", pure=True).load(path)
+    if "notebooks" in content:
+        raise ValueError(f"{path.name} is of the old form: {_NEW_FORM} (key notebooks)")
     for key in content:
         _known(key, KEYS, f"key in {path.name}")
     if "extends" not in content:
         return content
     base = _read(content.pop("extends"))
-    content["notebooks"] = {
-        name: base.get("notebooks", {}).get(name, {}) | content.get("notebooks", {}).get(name, {})
-        for name in base.get("notebooks", {}) | content.get("notebooks", {})
-    }
     for key in ("parameters", "runs", "questions"):
         if key in base | content:
             content[key] = base.get(key, {}) | content.get(key, {})
@@ -204,12 +201,15 @@ def _check_parameters(name: str, job: dict) -> None:
     """papermill only warns of a parameter that a notebook does not have, and runs it with the default."""
     import papermill
 
+    from hdkd_lib.parameters import check_type
+
     notebook = (
         NOTEBOOKS / f"{_known(job['notebook'], [f.stem for f in NOTEBOOKS.glob('*.ipynb')], f'notebook of {name}')}.ipynb"
     )
-    accepted = list(papermill.inspect_notebook(str(notebook)))
-    for parameter in job["parameters"] | paths(name, job, Path()):
-        _known(parameter, accepted, f"parameter of {notebook.name} (run {name})")
+    accepted = papermill.inspect_notebook(str(notebook))
+    for parameter, value in (job["parameters"] | paths(name, job, Path())).items():
+        _known(parameter, list(accepted), f"parameter of {notebook.name} (run {name})")
+        check_type(f"{parameter} of run {name}", value, TYPES.get(accepted[parameter]["inferred_type_name"]))
 
 
 def execute(jobs_file: Path, name: str) -> None:
@@ -333,38 +333,41 @@ def _print_power(content: dict) -> None:
 
 
 def _print_times(expanded: dict, folder: Path, cores: int) -> None:
-    """How long each kind of run will take here, measured on a few steps of its networks."""
+    """How long the runs of each arm will take here, measured on a few steps of each."""
     import torch
 
     from hdkd_lib import estimate
 
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     torch.set_num_threads(expanded["threads"])
-    parameters = {name: _defaults(job["notebook"]) | job["parameters"] for name, job in jobs.items()}
+    defaults = _defaults("run")
     jobs_file = folder / "jobs.json"
     before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
-    kinds: dict[str, list[str]] = {}
-    for name in jobs:
-        kinds.setdefault(jobs[name]["arm"], []).append(name)
-    total, width = 0.0, max(map(len, kinds))
+    arms: dict[str, list[str]] = {}
+    for name, job in jobs.items():
+        is_done = _essence(before.get(name)) == _essence(job) and (folder / name / "metrics.json").exists()
+        arms.setdefault(job["arm"], []).extend([] if is_done else [name])
+    total, width, chapters = 0.0, max(map(len, arms)), 0
     print(f"\n{'run':{width}}  to run  time of each, with {expanded['threads']} threads")
-    for kind, names in kinds.items():
-        missing = [
-            n for n in names if _essence(before.get(n)) != _essence(jobs[n]) or not (folder / n / "metrics.json").exists()
-        ]
-        each = ""
-        if missing:
-            [teacher] = jobs[names[0]]["needs"] or [None]
+    for arm, names in arms.items():
+        times = []
+        for name in names:
+            if jobs[name]["notebook"] != "run":
+                chapters += 1
+                continue
+            [teacher] = jobs[name]["needs"] or [None]
+            its_teacher = defaults | jobs[teacher]["parameters"] if teacher else jobs[name]["parameters"].get("teacher")
             try:
-                seconds = estimate.seconds(parameters[names[0]], parameters.get(teacher))
+                times.append(estimate.seconds(defaults | jobs[name]["parameters"], its_teacher))
             except FileNotFoundError as error:
                 print(f"no estimate: {error}")
                 return
-            total += seconds * len(missing)
-            each = _duration(seconds)
-        print(f"{kind:{width}}  {len(missing):6}  {each}", flush=True)
+        total += sum(times)
+        each = {_duration(time): None for time in (min(times, default=0), max(times, default=0))}
+        print(f"{arm:{width}}  {len(names):6}  {' to '.join(each) if times else ''}".rstrip(), flush=True)
     side_by_side = max(1, cores // expanded["threads"])
-    print(f"in all about {_duration(total / side_by_side)} on {cores} cores, {side_by_side} runs side by side\n")
+    besides = f", besides {chapters} chapters, which are not estimated" if chapters else ""
+    print(f"in all about {_duration(total / side_by_side)} on {cores} cores, {side_by_side} runs side by side{besides}\n")
 
 
 def _defaults(notebook: str) -> dict:
@@ -435,7 +438,7 @@ def _note_changed_questions(expanded: dict, folder: Path) -> None:
     file, content = folder / "plan.json", json.loads(json.dumps({"name": expanded["plan"], **expanded["content"]}))
     before = json.loads(file.read_text()) if file.exists() else content
     changed = before.get("questions_changed_after")
-    if before.get("asked", _asked(before)) != _asked(content):
+    if before.get("asked", _questions(before)) != _questions(content):
         changed = sum((folder / name / "metrics.json").exists() for name in expanded["jobs"]) or changed
     file.write_text(json.dumps(content | ({"questions_changed_after": changed} if changed else {}), indent=1) + "\n")
 

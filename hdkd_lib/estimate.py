@@ -1,71 +1,102 @@
-"""How long a run will take: a few steps of its networks are timed on this machine, and nothing is trained."""
+"""How long a run will take: a few of its own steps are timed on this machine, and nothing is kept of them."""
 
+import functools
+import itertools
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from hdkd_lib import data, inversion, models, recipes
+from hdkd_lib.data.batches import Part
+from hdkd_lib.device import resolve_device, resolve_precision
+from hdkd_lib.evaluation import predict
+from hdkd_lib.experiment import Experiment, build
 from hdkd_lib.methods import Supervised
-from hdkd_lib.methods.base import Teacher
-from hdkd_lib.training import autocast, resolve_device, resolve_precision
+from hdkd_lib.methods.base import Distillation
+from hdkd_lib.training import Inputs, Training, make_optimizer, train_epoch
+
+REPLICATE = ("fold", "draw", "fraction", "seed", "run_dir")  # they change how many images there are, not the time of each
+CPU_BATCH = 32  # on a CPU a larger batch takes as long for each image
 
 
 def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
-    """Training time of a run with these notebook parameters, and those of the run that trains its teacher, if it has one.
+    """Seconds that a run with these parameters of run.ipynb will train; of `teacher`, those of its teacher's run, the network
+    counts.
 
-    The networks run as they do in training, on random images: the student forwards and backwards, the teacher forwards, and
-    once an epoch the student on the validation part. Images that are made by inversion count with the time of making them.
-    Augmentation, decoding, the optimiser's step and the notebook's own seconds are left out, and teachers and comparisons that
-    a notebook trains itself.
+    Timed are a few steps of the experiment itself, of its first stage and, where its teacher stops, of its second, and the
+    prediction of validation images, once an epoch. Images that the teacher makes count with the time of making them. Loading,
+    and the prediction of training and test images at the end, are left out.
 
     Raises:
         FileNotFoundError: the data are not there.
     """
-    which = {k: parameters[k] for k in ("image_size", "protocol", "fold", "fraction", "draws", "draw") if k in parameters}
-    images = data.load(parameters["dataset"], parameters["root"], **which)
-    recipe = parameters["recipe"]
-    if not isinstance(recipe, Mapping):  # a chapter's
-        recipe = {"name": recipe, "epochs": parameters["epochs"], "batch_size": parameters["batch_size"]}
-    plan = recipes.get(**recipe)
-    device = resolve_device(parameters["device"])
-    precision = resolve_precision(parameters["precision"], device)
-    batch = plan.batch_size if device.type == "cuda" else min(plan.batch_size, 8)
+    same = {key: value for key, value in parameters.items() if key not in ("teacher", *REPLICATE)}
+    of_teacher = teacher and {"network": teacher["network"], "network_options": teacher.get("network_options", {})}
+    train, evaluate, make = _seconds_per_image(json.dumps(same), json.dumps(of_teacher))
+    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws")}
+    counts = _counts(parameters["dataset"], parameters["root"], parameters["image_size"], json.dumps(split))
+    images = parameters["synthesis"].get("per_class", 0) * counts["classes"] or counts["train"]
+    return make * images + recipes.get(**parameters["recipe"]).epochs * (train * images + evaluate * counts["val"])
 
-    def create(of: Mapping) -> torch.nn.Module:
-        size = {"num_classes": len(images.classes), "img_size": parameters["image_size"]}
-        return models.create(of["network"], **size, **of["network_options"]).to(device, memory_format=torch.channels_last)
 
-    if teacher is None and "teacher_network" in parameters:  # the notebook has its own
-        teacher = {"network": parameters["teacher_network"], "network_options": {}}
-    task = Supervised(student=create(parameters)).to(device)
-    expert = None if teacher is None else Teacher(create(teacher), task.student).to(device)
-    pictures = torch.randn(batch, 3, *[parameters["image_size"]] * 2, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    labels = torch.randint(len(images.classes), (batch,), device=device)
+@functools.cache
+def _counts(dataset: str, root: str, image_size: int, split: str) -> dict[str, int]:
+    loaded = data.load(dataset, root, image_size=image_size, **json.loads(split))
+    return {"train": len(loaded.train), "val": len(loaded.val), "classes": len(loaded.classes)}
 
-    def forward(task: Supervised = task) -> torch.Tensor:
-        with autocast(device, precision):
-            return task(pictures, labels)["loss"]
+
+@functools.cache
+def _seconds_per_image(parameters: str, teacher: str) -> tuple[float, float, float]:
+    """Of a training step, of prediction, and of making an image; the arguments are JSON."""
+    of, its_teacher = json.loads(parameters), json.loads(teacher)
+    loaded = data.load(of["dataset"], of["root"], image_size=of["image_size"], protocol=of["protocol"], draws=of["draws"])
+    network = None
+    if its_teacher:
+        size = {"num_classes": len(loaded.classes), "img_size": of["image_size"]}
+        network = models.create(its_teacher["network"], **size, **its_teacher["network_options"] | {"pretrained": False})
+    recipe = recipes.get(**of["recipe"])
+    options = {key: of[key] for key in ("network_options", "method", "options")}
+    experiment = build(loaded, of["network"], recipe, teacher=network, **options)
+    execution = {"device": of["device"], "precision": of["precision"]}
+    train, evaluate = time_of(experiment, **execution)
+    if not of["synthesis"]:
+        return train, evaluate, 0.0
+    settings = inversion.settings(**{k: v for k, v in of["synthesis"].items() if k != "per_class"})
+    step, _ = time_of(replace(experiment, task=Supervised(student=network.requires_grad_(True))), **execution)
+    return train, evaluate, step * sum(scale**2 * count for scale, count in settings.stages)
+
+
+def time_of(experiment: Experiment, *, device: str = "auto", precision: str = "auto") -> tuple[float, float]:
+    """Seconds per image of a training step, with all that belongs to it, and of a prediction."""
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    task, recipe = experiment.task.to(device, memory_format=torch.channels_last), experiment.recipe
+    if device.type == "cpu":
+        recipe = replace(recipe, batch_size=min(recipe.batch_size, CPU_BATCH))
+    training = Training(task, experiment.data, recipe, None, 0, device, precision)
+    inputs, (optimizer, _) = Inputs(training), make_optimizer(task, recipe)
+    until = task.distill_until if isinstance(task, Distillation) else 1.0
+    size = min(recipe.batch_size, len(inputs))
+    stream = itertools.chain.from_iterable(map(inputs.epoch, itertools.count()))
 
     def step() -> None:
-        forward().backward()
-        if expert is not None:
-            with autocast(device, precision):
-                expert(pictures)
+        train_epoch(task, itertools.islice(stream, 1), optimizer, training, tqdm(disable=True))
 
-    count, making = len(images.train), 0.0
-    if "per_class" in parameters:  # 07_data_free: the teacher makes the images
-        count = parameters["per_class"] * len(images.classes)
-        inverted = Supervised(student=create(teacher)).to(device)
-        iterations = sum(scale**2 * each for scale, each in inversion.preset(parameters["preset"]).stages)
-        making = iterations * count * _timed(lambda: forward(inverted).backward(), device)
-    per_epoch = count * _timed(step, device) + len(images.val) * _timed(torch.no_grad()(forward), device)
-    return (making + plan.epochs * per_epoch) / batch
+    train = 0.0
+    for progress, share in ((0.0, until), (1.0, 1 - until)):
+        if share:
+            task.set_progress(progress)
+            train += share * _best(step, device)
+    val = experiment.data.val
+    some = Part(val.images[:size], val.labels[:size], val.ids[:size], val.groups[:size])
+    return train / size, _best(lambda: predict(task, some, precision=precision), device) / len(some)
 
 
-def _timed(action, device: torch.device, repeats: int = 2) -> float:
+def _best(action: Callable, device: torch.device, repeats: int = 3) -> float:
     """Seconds of one call, the best of a few after the first."""
     best = float("inf")
     for i in range(repeats + 1):

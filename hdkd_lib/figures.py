@@ -140,12 +140,12 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
             title = f"{getattr(pair, f'part_{side}')}\n{getattr(pair, f'label_{side}')}".strip().replace("_", " ")
             axis.set_title(title, fontsize=SMALL, color="C3" if pair.is_conflict else "black")
         place = {"transform": column[1].transAxes, "ha": "center", "va": "top"}
-        column[1].text(0.5, -0.04, f"{pair.kind}, {pair.bits} bits", fontsize=SMALL, **place)
+        column[1].text(0.5, -0.04, f"{pair.match}, {pair.bits} bits", fontsize=SMALL, **place)
     return figure
 
 
-def optimism(scores: pd.DataFrame) -> Figure:
-    """Scores of `leakage.optimism` by protocol: every fold, and the mean with its 95 % interval."""
+def leakage_gain(scores: pd.DataFrame) -> Figure:
+    """Scores of `leakage.leakage_gain` by protocol: every fold, and the mean with its 95 % interval."""
     names = list(scores.classifier.unique())
     figure, axes = _subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -163,7 +163,7 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
     """Two networks as rows of boxes, as high as their maps are wide, each with output shape, parameters and GFLOPs.
 
     Args:
-        networks: name and `models.parts` of the upper and of the lower network.
+        networks: name and `models.module_summary` of the upper and of the lower network.
         links: (part above, part below) and what is written on the arrow between them.
     """
     columns = max(len(parts) for parts in networks.values())

@@ -12,6 +12,7 @@ none of it is here. The form of L_BPID is OUR CHOICE: of DearKD's loss only its 
 """
 
 import copy
+import difflib
 import json
 import math
 import os
@@ -22,19 +23,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import filelock
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.utils import random_seed
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from hdkd_lib import metrics
-from hdkd_lib.data.batches import Normalise, Part
+from hdkd_lib.data import Data, load
+from hdkd_lib.data.batches import Part, Preprocess
+from hdkd_lib.device import autocast, resolve_device, resolve_precision
 from hdkd_lib.losses import batchnorm_loss, check_balance, competition_loss, intra_divergence_loss, total_variation
-from hdkd_lib.methods.base import Teacher
-from hdkd_lib.runs import write_atomically, write_json
-from hdkd_lib.training import autocast, digest, resolve_device, resolve_precision
+from hdkd_lib.methods.teacher import Teacher
+from hdkd_lib.models import digest
+from hdkd_lib.runs import config_hash, results_dir, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,22 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> Inversion:
-    """The settings of this name in `PRESETS`.
+def settings(preset: str = "small", **changes) -> Inversion:
+    """The settings of this name in `PRESETS`, with some of them changed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such preset or setting, or a value is out of range.
     """
-    if name not in PRESETS:
-        raise ValueError(f"a preset of inversion is one of {', '.join(PRESETS)} (got {name!r})")
-    return PRESETS[name]
+    if preset not in PRESETS:
+        raise ValueError(f"a preset of inversion is one of {', '.join(PRESETS)} (got {preset!r})")
+    for name in changes:
+        if name not in Inversion.__dataclass_fields__:
+            near = difflib.get_close_matches(name, Inversion.__dataclass_fields__, n=1)
+            raise ValueError(f"an inversion has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return replace(PRESETS[preset], **changes)
 
 
-class _Watched(nn.Module):
+class _FeatureExtractor(nn.Module):
     """A teacher that also gives the inputs of its batch norms and of its classifier, of one pass.
 
     Raises:
@@ -125,10 +133,10 @@ class _Watched(nn.Module):
         modules = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         self.norms = [norm for norm in modules if norm.running_mean is not None]
         if not self.norms:
-            kinds = sorted({type(module).__name__ for module in network.modules() if "Norm" in type(module).__name__})
+            norms = sorted({type(module).__name__ for module in network.modules() if "Norm" in type(module).__name__})
             raise ValueError(
                 f"{type(network).__name__} cannot be inverted: it has no batch norm, whose statistics the images are made from "
-                f"({', '.join(kinds) or 'no norm at all'} holds none); take a ResNet, RegNet, EfficientNet or hdkd_teacher"
+                f"({', '.join(norms) or 'no norm at all'} holds none); take a ResNet, RegNet, EfficientNet or hdkd_teacher"
             )
 
     @contextmanager
@@ -160,14 +168,14 @@ def invert(
     student: nn.Module | None = None,
     seed: int = 0,
     precision: str = "float32",
-    watch: Sequence[int] = (),
+    snapshot_at: Sequence[int] = (),
     progress: tqdm | None = None,
     iterations: int | None = None,
 ) -> tuple[Tensor, dict]:
     """One batch of images (B, 3, size, size), uint8 on the CPU, of the lowest loss at full size, and how it went.
 
     The second result names each term's value at that point ("loss", "class_loss", ...), "accuracy" (the teacher's, of the
-    images as returned), and "watched": {iteration: images} for the iterations of `watch`.
+    images as returned), and "snapshots": {iteration: images} for the iterations `snapshot_at`.
 
     Args:
         labels: (B,) classes to be seen by the teacher; for `settings.divergence` balanced.
@@ -185,12 +193,12 @@ def invert(
         check_balance(labels)
     if bool(settings.competition) != (student is not None):
         raise ValueError("competition needs a student to compete with, and no other term has one; set both or neither")
-    watched = _Watched(teacher)
+    extractor = _FeatureExtractor(teacher)
     mean, std = (torch.tensor(teacher.pretrained_cfg[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
     # x is in the teacher's normalisation, or, where it is grey, in the mean of its channels'.
     own_mean, own_std = (v.mean(1, keepdim=True) if settings.grey else v for v in (mean, std))
     black, white = (0 - own_mean) / own_std, (1 - own_mean) / own_std
-    rival = None if student is None else Teacher(copy.deepcopy(student), teacher).to(device)
+    competitor = None if student is None else Teacher(copy.deepcopy(student), teacher).to(device)
     labels = labels.to(device)
     random_seed(seed)
     size = max(1, round(settings.stages[0][0] * image_size))
@@ -205,7 +213,7 @@ def invert(
         optimizer = torch.optim.Adam([x], lr=settings.lr, betas=settings.betas)
         reach = round(settings.jitter * scale)
         for i in range(count):
-            if done in watch:
+            if done in snapshot_at:
                 snapshots[done] = _pixels(x, own_mean, own_std)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _rate(i, count, settings)
@@ -215,7 +223,7 @@ def invert(
             if settings.flip and torch.rand(()) < 0.5:
                 seen = seen.flip(3)
             with autocast(device, precision):
-                terms = _terms(watched, rival, whole, seen, labels, image_size, settings)
+                terms = _terms(extractor, competitor, whole, seen, labels, image_size, settings)
             loss = torch.stack(list(terms.values())).sum()
             if scale == 1:
                 values = torch.stack([loss, *terms.values()]).detach()
@@ -234,20 +242,26 @@ def invert(
                 return _pixels(x, own_mean, own_std), {}
             if (done % 50 == 0 or i == count - 1) and not torch.isfinite(loss + x.sum()):
                 raise FloatingPointError(f"the loss became {loss.item()} in iteration {done}")
-    if done in watch:
+    if done in snapshot_at:
         snapshots[done] = _pixels(x, own_mean, own_std)
     images = _pixels(best, own_mean, own_std)
     with torch.inference_mode():
-        decided = teacher(Normalise(teacher).to(device)(images.to(device))).argmax(1)
+        decided = teacher(Preprocess(teacher).to(device)(images.to(device))).argmax(1)
     report = dict(zip(["loss", *terms], best_loss.tolist(), strict=True))
-    return images, report | {"accuracy": (decided == labels).float().mean().item(), "watched": snapshots}
+    return images, report | {"accuracy": (decided == labels).float().mean().item(), "snapshots": snapshots}
 
 
 def _terms(
-    watched: _Watched, rival: Teacher | None, x: Tensor, seen: Tensor, labels: Tensor, image_size: int, settings: Inversion
+    extractor: _FeatureExtractor,
+    student: Teacher | None,
+    x: Tensor,
+    seen: Tensor,
+    labels: Tensor,
+    image_size: int,
+    settings: Inversion,
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss of images x, of which the networks see `seen`."""
-    logits, features, inputs, norms = watched(seen)
+    logits, features, inputs, norms = extractor(seen)
     terms = {
         "class_loss": F.cross_entropy(logits.float(), labels),
         "batchnorm_loss": settings.batchnorm * batchnorm_loss(inputs, norms, settings.first),
@@ -261,8 +275,8 @@ def _terms(
     if settings.competition:  # transformers take images of one size
         size = (image_size, image_size)
         whole = seen if tuple(seen.shape[2:]) == size else F.interpolate(seen, size=size, mode="bilinear")
-        answer = rival.network(rival.prepare(whole))
-        terms["competition_loss"] = settings.competition * competition_loss(logits, answer)
+        student_logits = student.network(student.prepare(whole))
+        terms["competition_loss"] = settings.competition * competition_loss(logits, student_logits)
     return terms
 
 
@@ -294,7 +308,7 @@ def synthesize(
 ) -> Path:
     """Writes `per_class` images of every class as FOLDER/CLASS/*.png, an image folder that `data.load("folder", ...)` reads.
 
-    An interrupted call goes on with the batch it was in. FOLDER/synthesis.json says what was asked for and how each batch went.
+    An interrupted call goes on with the batch it was in. FOLDER/synthesis.json says what was requested and how each batch went.
     The time that it will take is printed first, from a probe of 20 iterations. A batch whose loss is no longer a number is
     begun again with half the rate, up to three times, and says so.
 
@@ -309,7 +323,7 @@ def synthesize(
         ValueError: other classes than the teacher's, too few images, a folder that holds other images, or as `invert`.
         FloatingPointError: also the third restart of a batch failed.
     """
-    settings = preset(settings) if isinstance(settings, str) else settings
+    settings = PRESETS[settings] if isinstance(settings, str) else settings
     if len(classes) != teacher.num_classes or per_class < 4:
         raise ValueError(
             f"the teacher has {teacher.num_classes} classes and needs as many names, and at least 4 images of each "
@@ -321,7 +335,7 @@ def synthesize(
     precision = resolve_precision(precision, device)
     teacher = teacher.to(device, memory_format=torch.channels_last)
     folder = Path(folder)
-    asked = {
+    request = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "classes": list(classes),
         "per_class": per_class,
@@ -331,17 +345,17 @@ def synthesize(
         "student": student and digest(student),
     }
     record = folder / "synthesis.json"
-    state = json.loads(record.read_text()) if record.exists() else {"asked": asked, "batches": []}
-    if state["asked"] != asked or (not record.exists() and folder.exists() and any(folder.iterdir())):
+    state = json.loads(record.read_text()) if record.exists() else {"request": request, "batches": []}
+    if state["request"] != request or (not record.exists() and folder.exists() and any(folder.iterdir())):
         raise ValueError(f"{folder} holds images that were made otherwise; give another folder or remove it")
-    plan = _plan(len(classes), per_class, settings.batch_size)
-    if len(state["batches"]) == len(plan):
+    batches = _batches(len(classes), per_class, settings.batch_size)
+    if len(state["batches"]) == len(batches):
         return folder
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
 
     each = sum(count for _, count in settings.stages)
-    left = plan[len(state["batches"]) :]
+    left = batches[len(state["batches"]) :]
     common = {"student": student, "precision": precision}
     start, probe = time.perf_counter(), min(20, each)
     invert(teacher, left[0][0], image_size, replace(settings, stages=((1.0, each),)), iterations=probe, **common)
@@ -353,12 +367,48 @@ def synthesize(
             images, report = _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar, common)
             for image, label, index in zip(images, labels.tolist(), first, strict=True):
                 path = folder / classes[label] / f"{index:05d}.png"
-                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-                write_atomically(path, lambda aside, picture=picture: picture.save(aside, format="png"))
+                png = Image.fromarray(image.permute(1, 2, 0).numpy())
+                write_atomically(path, lambda aside, png=png: png.save(aside, format="png"))
             report |= {"seconds": round(time.perf_counter() - begun, 1)}
-            state["batches"].append({name: value for name, value in report.items() if name != "watched"})
+            state["batches"].append({name: value for name, value in report.items() if name != "snapshots"})
             write_json(record, state)
     return folder
+
+
+def replace_training(
+    data: Data,
+    teacher: nn.Module,
+    *,
+    per_class: int,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    **of_settings,
+) -> Data:
+    """The data with images from the teacher in place of those for training and validation; the test part stays real.
+
+    The images are made once and kept, so that runs with one teacher share them. The card has the seconds of their making as
+    `synthesis_seconds`.
+
+    Args:
+        per_class: images of every class, at least 5, of which a part is for validation.
+        folder: where they are kept, each set in a folder of its own; default: results/runs/synthetic.
+        of_settings: of `settings`, such as preset="cifar", divergence=0.0.
+
+    Raises:
+        ValueError, FloatingPointError: as `settings` and `synthesize`.
+    """
+    chosen, size = settings(**of_settings), data.config["image_size"]
+    request = {"settings": asdict(chosen), "teacher": digest(teacher), "per_class": per_class, "size": size, "seed": seed}
+    place = Path(folder or results_dir() / "runs" / "synthetic") / config_hash(request)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(place.with_suffix(".lock")):  # of two runs that want these images the second waits
+        options = {"image_size": size, "settings": chosen, "seed": seed, "device": device, "precision": precision}
+        synthesize(teacher, data.classes, per_class, place, **options)
+    seconds = sum(batch["seconds"] for batch in json.loads((place / "synthesis.json").read_text())["batches"])
+    synthetic = load("folder", place, image_size=size)
+    return replace(data.trained_on(synthetic), card=data.card | {"synthesis_seconds": round(seconds, 1)})
 
 
 def _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar, common) -> tuple[Tensor, dict]:
@@ -379,7 +429,7 @@ def _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar,
     ) from reason
 
 
-def _plan(classes: int, per_class: int, batch_size: int) -> list[tuple[Tensor, list[int]]]:
+def _batches(classes: int, per_class: int, batch_size: int) -> list[tuple[Tensor, list[int]]]:
     """Batches as (labels, number of each image in its class): equally many of each class, at least four, and two classes."""
     each = min(per_class, max(4, batch_size // classes))
     groups = torch.arange(classes).tensor_split(max(1, classes // max(2, batch_size // each)))
@@ -396,8 +446,8 @@ def _plan(classes: int, per_class: int, batch_size: int) -> list[tuple[Tensor, l
 def features(teacher: nn.Module, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and the features before the classifier (N, D), on the CPU, of uint8 images (N, 3, H, W)."""
     device = next(teacher.parameters()).device
-    prepare, watched = Normalise(teacher).to(device), _Watched(teacher)
-    parts = [watched(prepare(images[i : i + batch_size].to(device)))[:2] for i in range(0, len(images), batch_size)]
+    prepare, extractor = Preprocess(teacher).to(device), _FeatureExtractor(teacher)
+    parts = [extractor(prepare(images[i : i + batch_size].to(device)))[:2] for i in range(0, len(images), batch_size)]
     logits, found = (torch.cat([part[k].float().cpu() for part in parts]) for k in (0, 1))
     return logits, found
 
@@ -410,10 +460,10 @@ def statistics_gap(teacher: nn.Module, images: Tensor, batch_size: int = 64) -> 
     """
     device = next(teacher.parameters()).device
     names = {module: name for name, module in teacher.named_modules()}
-    prepare, watched = Normalise(teacher).to(device), _Watched(teacher)
+    prepare, extractor = Preprocess(teacher).to(device), _FeatureExtractor(teacher)
     moments: dict[nn.BatchNorm2d, Tensor] = {}  # mean of x and of x^2 per channel, (2, C)
     for batch in images.split(batch_size):
-        _, _, inputs, norms = watched(prepare(batch.to(device)))
+        _, _, inputs, norms = extractor(prepare(batch.to(device)))
         for x, norm in zip(inputs, norms, strict=True):
             var, mean = (part.double().cpu() for part in torch.var_mean(x.float(), (0, 2, 3), correction=0))
             moments[norm] = moments.get(norm, 0) + torch.stack([mean, var + mean**2]) * len(batch) / len(images)

@@ -73,7 +73,7 @@ def leaks(results: Path) -> str:
     """The nearest neighbour on pixels under random and grouped folds."""
     rows = []
     for dataset, title in (("brain_tumor", "brain tumour MRI"), ("ham10000", "HAM10000")):
-        scores = pd.read_csv(results / "audits" / dataset / "optimism.csv")
+        scores = pd.read_csv(results / "audits" / dataset / "leakage_gain.csv")
         scores = scores[scores.classifier == "nearest neighbour"].groupby("protocol").balanced_accuracy.mean()
         rows.append([title, *(f"{100 * scores[protocol]:.1f}" for protocol in ("random", "grouped"))])
     return pd.DataFrame(rows, columns=["images", "random folds", "grouped folds"]).to_markdown(

@@ -1,10 +1,11 @@
 """Training recipes as data, each with its source."""
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.imbalance import IMBALANCE
+from hdkd_lib.parameters import check_type, one_sentence
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Recipe:
     protocol: str = "honest"
 
     def __post_init__(self):
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
             raise ValueError(f"a recipe needs epochs >= 1, batch_size >= 2 and lr > 0 (got {self})")
         if self.schedule not in ("constant", "cosine"):
@@ -94,30 +97,20 @@ NANO = Recipe(epochs=8, batch_size=32, optimizer="adamw", lr=2e-3, weight_decay=
 RECIPES = {"hdkd_teacher": HDKD_TEACHER, "hdkd_student": HDKD_STUDENT, "deit": DEIT, "nano": NANO}
 
 
-# Of these, 0 and "" can only mean the recipe's own.
-KEPT = ("epochs", "batch_size", "optimizer", "lr", "schedule", "augment", "imbalance", "protocol")
-MIXING = {"none": {"mixup": 0.0, "cutmix": 0.0}, "deit": {"mixup": DEIT.mixup, "cutmix": DEIT.cutmix}}
-
-
-def get(name: str, *, mixing: str = "", **changes) -> Recipe:
-    """The recipe of that name with some fields changed; of those that cannot be 0 or "", these keep the recipe's value.
-
-    Args:
-        mixing: "none" or "deit" (its mixup and cutmix); "" keeps the recipe's.
+@one_sentence
+def get(name: str, **changes) -> Recipe:
+    """The recipe of that name, with some of its fields changed.
 
     Raises:
-        ValueError: unknown name or field (the nearest is suggested), or a value out of range.
+        ValueError: unknown name or field (the nearest is suggested), or a value of another type or out of range.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         raise ValueError(
             f"unknown recipe {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(RECIPES)}")
         )
-    if mixing and mixing not in MIXING:
-        raise ValueError(f"mixing must be one of {', '.join(MIXING)} (got {mixing!r})")
     for key in changes:
         if key not in Recipe.__dataclass_fields__:
             near = difflib.get_close_matches(key, Recipe.__dataclass_fields__, n=1)
             raise ValueError(f"a recipe has no field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    kept = {key for key in KEPT if key in changes and not changes[key]}
-    return replace(RECIPES[name], **{k: v for k, v in changes.items() if k not in kept}, **MIXING.get(mixing, {}))
+    return replace(RECIPES[name], **changes)

@@ -41,6 +41,8 @@ ROOT = Path(__file__).parents[1]
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
+# Options that are no more, with the value that all runs since have; and one that came later, with the value of those before.
+GONE, NEW = {"stage_exponent": 1.0, "projection": False}, {"Supervised": {"probe": False}}
 
 
 def results_dir() -> Path:
@@ -59,6 +61,9 @@ def _todays_names(config: dict) -> dict:
     for section, names in OLD_NAMES.items():
         if section in config:
             config[section] = {names.get(key, key): value for key, value in config[section].items()}
+    if "method" in config:
+        kept = {key: value for key, value in config["method"].items() if GONE.get(key) != value or key not in GONE}
+        config["method"] = NEW.get(kept.get("name"), {}) | kept
     return config
 
 

@@ -246,7 +246,7 @@ def test_confusions_show_percent_of_the_true_class_and_what_they_sum():
 
 def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides():
     rows = [("a", "b", "exact", 0, False, False), ("c", "d", "near", 9, False, True), ("a", "d", "near", 4, True, True)]
-    pairs = pd.DataFrame(rows, columns=["a", "b", "kind", "bits", "is_conflict", "is_crossing"])
+    pairs = pd.DataFrame(rows, columns=["a", "b", "match", "bits", "is_conflict", "is_crossing"])
     pairs = pairs.assign(label_a="cat", label_b="dog", part_a="train", part_b="test")
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 5, 5) * 50
     figure = figures.duplicate_pairs(pairs, list("abcd"), images)
@@ -262,7 +262,7 @@ def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides
 def test_optimism_has_a_panel_per_classifier_and_a_mean_per_protocol():
     rows = [(p, c, 0.1 * n + f / 100) for n, p in enumerate(["random", "grouped"]) for c in ("knn", "lr") for f in range(5)]
     scores = pd.DataFrame(rows, columns=["protocol", "classifier", "balanced_accuracy"])
-    figure = figures.optimism(scores)
+    figure = figures.leakage_gain(scores)
     assert [axis.get_title() for axis in figure.axes] == ["knn", "lr"]
     for axis in figure.axes:
         assert [label.get_text() for label in axis.get_xticklabels()] == ["random", "grouped"]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from hdkd_lib import data, inversion
-from hdkd_lib.data.batches import Normalise
+from hdkd_lib.data.batches import Preprocess
 from hdkd_lib.inversion import PRESETS, Inversion, invert, synthesize
 from hdkd_lib.methods import Supervised
 from hdkd_lib.training import fit
@@ -49,7 +49,7 @@ def test_inverting_lowers_the_loss_and_leaves_the_teacher_as_it_was(teacher):
     assert not teacher.training
     assert all(module._forward_pre_hooks == {} for module in teacher.modules())
     with torch.no_grad():
-        decided = teacher(Normalise(teacher)(images)).argmax(1)
+        decided = teacher(Preprocess(teacher)(images)).argmax(1)
     assert report["accuracy"] == (decided == LABELS).float().mean()
 
 
@@ -67,10 +67,10 @@ def test_the_reported_terms_are_those_of_the_settings_and_sum_to_the_loss(teache
     assert {n for n in invert(teacher, LABELS, 16, plain)[1] if n.endswith("_loss")} == {"class_loss", "batchnorm_loss"}
 
 
-def test_images_are_watched_as_they_grow_and_the_same_seed_gives_the_same(teacher):
-    runs = [invert(teacher, LABELS, 16, TINY, seed=seed, watch=(0, 2, 7)) for seed in (5, 5, 6)]
+def test_snapshots_are_taken_as_images_grow_and_the_same_seed_gives_the_same(teacher):
+    runs = [invert(teacher, LABELS, 16, TINY, seed=seed, snapshot_at=(0, 2, 7)) for seed in (5, 5, 6)]
     (first, report), (again, _), (other, _) = runs
-    assert [tuple(images.shape[2:]) for images in report["watched"].values()] == [(8, 8), (8, 8), (16, 16)]
+    assert [tuple(images.shape[2:]) for images in report["snapshots"].values()] == [(8, 8), (8, 8), (16, 16)]
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -79,8 +79,8 @@ def test_grey_images_have_one_channel_which_the_teacher_sees_in_its_own_normalis
     teacher.pretrained_cfg = teacher.pretrained_cfg | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
     seen, real = [], inversion._terms
     monkeypatch.setattr(inversion, "_terms", lambda *arguments: seen.append(arguments[3].detach()) or real(*arguments))
-    images, report = invert(teacher, LABELS, 16, replace(TINY, grey=True), watch=(0,))
-    for made in (images, report["watched"][0]):
+    images, report = invert(teacher, LABELS, 16, replace(TINY, grey=True), snapshot_at=(0,))
+    for made in (images, report["snapshots"][0]):
         assert torch.equal(made[:, 0], made[:, 1])
         assert torch.equal(made[:, 0], made[:, 2])
     assert len(images.unique()) > 2
@@ -238,9 +238,9 @@ def test_presets_are_the_published_settings():
 
 def test_quality_tells_real_images_from_noise(digits, recipe, build, tmp_path):
     task = Supervised(student=build("hdkd_teacher_nano"))
-    expert = fit(task, digits, replace(recipe, epochs=6), tmp_path, device="cpu", precision="float32").student()
+    teacher = fit(task, digits, replace(recipe, epochs=6), tmp_path, device="cpu", precision="float32").student()
     noise = replace(digits.test, images=torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8))
-    good, bad = (inversion.quality(expert, part, digits.val) for part in (digits.test, noise))
+    good, bad = (inversion.quality(teacher, part, digits.val) for part in (digits.test, noise))
     assert good["accuracy"] > bad["accuracy"]
     assert good["frechet_distance"] < bad["frechet_distance"]
     assert good["statistics_gap"] < bad["statistics_gap"]
@@ -254,7 +254,7 @@ def test_statistics_gap_is_zero_for_the_images_that_made_the_statistics(build):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        network.train()(Normalise(network)(images))
+        network.train()(Preprocess(network)(images))
     rows = inversion.statistics_gap(network, images)
     assert [row["layer"] for row in rows][:2] == ["conv1.1", "conv1.4"]
     assert max(row["mean"] for row in rows[:3]) < 1e-3

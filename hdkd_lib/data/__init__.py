@@ -100,7 +100,8 @@ def load(
         name: a key of `sources.SOURCES` (digits, folder, brain_tumor, ham10000, imagenette, ...) or "medmnist:FLAG".
         root: the folder or archive with its files; default: the variable HDKD_DATA. Not needed for digits.
         image_size: height and width of the images; they are resized without keeping their aspect, as in HDKD's code.
-        protocol: "grouped" (no lesion and no picture is on two sides), "official" or "random"; see `splits.split`.
+        protocol: "grouped" (no lesion and no duplicate appears in more than one split), "official" or "random"; see
+            `splits.split`.
         fold: which of the five folds is the test part.
         fraction: of the training part, by class, nested.
         draws, draw, val_per_class: train on the `draw`-th of so many disjoint training sets, less the validation part of so
@@ -131,14 +132,14 @@ def load(
         audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
     drawn = {"draws": draws, "draw": draw, "val_per_class": val_per_class} if draws else {"draw": draw}
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed, **drawn)
-    groups = group_images(np.arange(len(source.ids)) if audit is None else audit.pictures, source.groups)
+    groups = group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
 
     store = None if from_files else torch.from_numpy(images)  # one for all parts: processes share it as one
 
     def part(chosen: np.ndarray) -> Part:
-        pictures = Files([source.images[i] for i in chosen], image_size) if store is None else Rows(store, chosen)
+        chosen_images = Files([source.images[i] for i in chosen], image_size) if store is None else Rows(store, chosen)
         labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
-        return Part(pictures, labels, [source.ids[i] for i in chosen], groups[chosen])
+        return Part(chosen_images, labels, [source.ids[i] for i in chosen], groups[chosen])
 
     parts = {name: part(chosen) for name, chosen in index.items()}
     named = source.groups or [""] * len(source.ids)
@@ -173,13 +174,13 @@ def _digest(lines: list[str]) -> str:
 
 
 def _identity(source: Source, signatures: Signatures | None) -> np.ndarray:
-    """What orders images whatever their files' order: their pixels, or their names where nobody has looked at the pixels."""
+    """A sort key that does not depend on file order: the hash of the pixels, or of the id where images are not decoded."""
     return signatures.hashes if signatures else np.array([hashlib.sha1(i.encode()).hexdigest()[:16] for i in source.ids])
 
 
 def _split(source: Source, signatures: Signatures | None, audit: "Audit | None", **options) -> dict[str, np.ndarray]:
     """`splits.split`, remembered beside the decoded images by all that decides it."""
-    pictures = None if audit is None else audit.pictures
+    duplicate_groups = None if audit is None else audit.duplicate_groups
     decisive = [
         RULE,
         options,
@@ -187,15 +188,15 @@ def _split(source: Source, signatures: Signatures | None, audit: "Audit | None",
         source.groups,
         source.parts,
         source.labels.tolist(),
-        pictures if pictures is None else pictures.tolist(),
+        duplicate_groups if duplicate_groups is None else duplicate_groups.tolist(),
     ]
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return remembered(
         signatures and signatures.folder,
         f"split-{key}",
         lambda: split(
-            source.labels, _identity(source, signatures), pictures=pictures, groups=source.groups, parts=source.parts,
-            classes=source.classes, **options,
+            source.labels, _identity(source, signatures), duplicate_groups=duplicate_groups, groups=source.groups,
+            parts=source.parts, classes=source.classes, **options,
         ),
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Batches of uint8 images on the device, from its own memory, from the cache on disk, or from image files."""
 
+import math
 import os
 import queue
 import sys
@@ -77,21 +78,22 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def resident(self, device: torch.device, resident: str | bool = "auto") -> "Part":
+    def on_device(self, device: torch.device, cache_on_device: str | bool = "auto") -> "Part":
         """The part with its images in the device's memory: "auto" if they fill at most half of what is free there.
 
         On a CPU the cache is memory already, shared with other runs; image files are always read anew.
         """
-        if resident not in ("auto", True, False):
-            raise ValueError(f"resident must be 'auto', True or False (got {resident!r})")
-        if device.type == "cpu" or isinstance(self.images, Files) or not resident:
+        if cache_on_device not in ("auto", True, False):
+            raise ValueError(f"cache_on_device must be 'auto', True or False (got {cache_on_device!r})")
+        if device.type == "cpu" or isinstance(self.images, Files) or not cache_on_device:
             return self
-        if resident == "auto" and device.type == "cuda" and self.images.shape.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        if cache_on_device == "auto" and self.images.shape.numel() > free / 2:
             return self
         return replace(self, images=self.images[:].to(device), labels=self.labels.to(device))
 
 
-class Normalise(nn.Module):
+class Preprocess(nn.Module):
     """uint8 images (B, 3, H, W), augmented if `augment` is given, in the model's normalisation, float32 and channels last."""
 
     def __init__(self, model: nn.Module, augment: Augmentation | None = None):
@@ -119,13 +121,13 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images uint8, labels) by batches on the device; the order is drawn from torch's global CPU generator.
 
-    What is not resident there is read ahead by a thread (from the cache) or by `workers` processes (from files;
+    Images outside of its memory are read ahead by a thread (from the cache) or by `workers` processes (from files;
     None: as many as this process has cores, at most 16).
 
     Args:
         weights: (C,) draw each image with its class's weight, with replacement, instead of once (the balanced sampler).
-        repeats: how often an image comes in an epoch, of whose images only one in `repeats` is used (repeated augmentation,
-            Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
+        repeats: augmented copies of each image per epoch; an epoch keeps its length, so it uses 1/`repeats` of the images
+            (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
         crop: whether files are cropped at random; without effect on decoded images.
         even: leave out the last image of a batch of an odd number (mixup pairs them).
         shard: (i, n) gives the i-th of n equal parts of every batch; what does not divide is left out.

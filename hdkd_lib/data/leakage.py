@@ -1,11 +1,11 @@
-"""Which pictures occur more than once, and what a split that ignores it is worth.
+"""Which images occur more than once, and what a split that ignores it is worth.
 
     python -m hdkd_lib.data.leakage FOLDER      # any image folder: prints a summary, writes the pairs as a table
 
 Two images are *exact* duplicates if their decoded pixels are equal, and *near* duplicates if a perceptual hash says so and a
 second distance confirms it: at most 16 of 256 bits of the difference hash differ and the mean difference of 8x8 RGB thumbnails
-is at most 6 of 255 (the same picture encoded again, or the next slice of a scan), or at most 32 bits differ and 32x32 grey
-thumbnails correlate by at least .99 (the same picture in another light). OUR CHOICE, by eye on brain tumour MRI and HAM10000.
+is at most 6 of 255 (the same image encoded again, or the next slice of a scan), or at most 32 bits differ and 32x32 grey
+thumbnails correlate by at least .99 (the same image in another light). OUR CHOICE, by eye on brain tumour MRI and HAM10000.
 Mirrored, turned and strongly cropped copies are not found, nor are two views of one patient.
 """
 
@@ -40,15 +40,15 @@ class Audit:
     """What `audit` found.
 
     Attributes:
-        pairs: one row per pair of duplicates: a, b (ids), kind ("exact" or "near"), bits (of 256 that differ), difference (of
+        pairs: one row per pair of duplicates: a, b (ids), match ("exact" or "near"), bits (of 256 that differ), difference (of
             8x8 RGB, 0 to 255), correlation (of 32x32 grey), label_a, label_b, part_a, part_b, is_conflict (labels differ),
             is_crossing (parts differ). Of k equal images k - 1 pairs are listed, each with the first, training images first.
-        pictures: (N,) group numbers: images joined by a chain of pairs show one picture.
+        duplicate_groups: (N,) group numbers: images joined by a chain of pairs share a number.
         summary: counts by name.
     """
 
     pairs: pd.DataFrame
-    pictures: np.ndarray
+    duplicate_groups: np.ndarray
     summary: dict[str, int]
 
 
@@ -83,7 +83,7 @@ def _near_duplicates(signatures: Signatures) -> dict[str, np.ndarray]:
     return {name: column.to_numpy() for name, column in pairs.items()}
 
 
-def pictures(signatures: Signatures, near: pd.DataFrame) -> np.ndarray:
+def duplicate_groups(signatures: Signatures, near: pd.DataFrame) -> np.ndarray:
     """(N,) group numbers: equal for images that are exact or near duplicates, and for chains of them."""
     _, first, exact = np.unique(signatures.hashes, return_index=True, return_inverse=True)
     size = len(first)
@@ -100,15 +100,15 @@ def audit(
 ) -> Audit:
     """Duplicates within a set of N images and, with `parts` (a name for each image), across them."""
     near, labels = near_duplicates(signatures), np.asarray(labels)
-    group = pictures(signatures, near)
+    group = duplicate_groups(signatures, near)
     side = np.full(len(ids), "") if parts is None else np.asarray(parts)
     # Training images first, so that a pair with a test image shows where that image was seen.
     order = np.lexsort((np.arange(len(ids)), ["train val test".find(part) for part in side]))
     representative = pd.Series(order, index=signatures.hashes[order]).groupby(level=0).first()
     twin = representative[signatures.hashes].to_numpy()
     copies = np.flatnonzero(twin != np.arange(len(ids)))
-    exact = pd.DataFrame({"a": twin[copies], "b": copies, "kind": "exact", "bits": 0, "difference": 0.0, "correlation": 1.0})
-    pairs = pd.concat([exact, near.assign(a=twin[near.a], b=twin[near.b], kind="near")], ignore_index=True)
+    exact = pd.DataFrame({"a": twin[copies], "b": copies, "match": "exact", "bits": 0, "difference": 0.0, "correlation": 1.0})
+    pairs = pd.concat([exact, near.assign(a=twin[near.a], b=twin[near.b], match="near")], ignore_index=True)
     a, b = pairs.a.to_numpy(int), pairs.b.to_numpy(int)
     names = np.asarray(classes)
     pairs = pairs.assign(
@@ -121,7 +121,7 @@ def audit(
         is_conflict=labels[a] != labels[b],
         is_crossing=side[a] != side[b],
     )
-    columns = ["a", "b", "kind", "bits", "difference", "correlation"]
+    columns = ["a", "b", "match", "bits", "difference", "correlation"]
     columns += ["label_a", "label_b", "part_a", "part_b", "is_conflict", "is_crossing"]
 
     _, exact_group = np.unique(signatures.hashes, return_inverse=True)
@@ -129,18 +129,18 @@ def audit(
         "images": len(ids),
         "exact_copies": len(ids) - len(representative),
         "near_duplicate_pairs": len(near),
-        "pictures": len(np.unique(group)),
-        "pictures_with_two_labels": _with_two(group, labels),
+        "distinct_images": len(np.unique(group)),
+        "duplicates_with_two_labels": _with_two(group, labels),
     }
     for x, y in (("val", "train"), ("test", "train"), ("test", "val")):
         if (side == x).any() and (side == y).any():
             summary[f"{x}_images"] = int((side == x).sum())
-            for kind, g in (("exact", exact_group), ("exact_or_near", group)):
-                summary[f"{x}_images_with_{kind}_duplicate_in_{y}"] = int(np.isin(g[side == x], g[side == y]).sum())
+            for match, g in (("exact", exact_group), ("exact_or_near", group)):
+                summary[f"{x}_images_with_{match}_duplicate_in_{y}"] = int(np.isin(g[side == x], g[side == y]).sum())
     return Audit(pairs[columns], group, summary)
 
 
-def optimism(signatures: Signatures, labels: np.ndarray, splits: dict[str, list[dict[str, np.ndarray]]]) -> pd.DataFrame:
+def leakage_gain(signatures: Signatures, labels: np.ndarray, splits: dict[str, list[dict[str, np.ndarray]]]) -> pd.DataFrame:
     """How well simple classifiers on small pixels do under each protocol: what a leak alone is worth.
 
     The nearest neighbour and a logistic regression on 16x16 grey pixels learn from `train` and `val`; `test` measures them.
@@ -208,7 +208,7 @@ def _with_two(group: np.ndarray, labels: np.ndarray) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 1 where pictures cross the folder's parts, 2 where it cannot be read."""
+    """The command line; the exit code is 1 where duplicates cross the folder's splits, 2 where it cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m hdkd_lib.data.leakage", description="Duplicates in an image folder.")
     parser.add_argument("folder", type=Path, help="CLASS/*, or train/CLASS/* and test/CLASS/*; or an archive of it")
     parser.add_argument("--dataset", default="folder", help="read it as this data set, e.g. ham10000 (default: folder)")

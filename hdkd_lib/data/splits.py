@@ -13,15 +13,15 @@ RULE = 1  # raise when a split changes: splits are remembered beside the decoded
 VALIDATION_FOLDS = 8  # validation is an eighth of what is not test: a tenth of all images where the test part is a fifth
 
 
-def group_images(pictures: Sequence, groups: Sequence[str] | None) -> np.ndarray:
-    """(N,) group numbers, counted in order of appearance: images of one picture or one named group share a number, and so do
+def group_images(duplicate_groups: Sequence, groups: Sequence[str] | None) -> np.ndarray:
+    """(N,) group numbers, counted in order of appearance: duplicates and images of one named group share a number, and so do
     chains of both."""
-    _, picture = np.unique(pictures, return_inverse=True)
-    named = np.arange(len(picture)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    # Images that share a picture or a name are connected in a bipartite graph of picture nodes and name nodes.
-    size = picture.max() + 1 + named.max() + 1
-    edges = coo_array((np.ones(len(picture)), (picture, picture.max() + 1 + named)), shape=(size, size))
-    component = connected_components(edges, directed=False)[1][picture]
+    _, duplicates = np.unique(duplicate_groups, return_inverse=True)
+    named = np.arange(len(duplicates)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    # Duplicates and images of one name are connected in a bipartite graph of duplicate groups and names.
+    size = duplicates.max() + 1 + named.max() + 1
+    edges = coo_array((np.ones(len(duplicates)), (duplicates, duplicates.max() + 1 + named)), shape=(size, size))
+    component = connected_components(edges, directed=False)[1][duplicates]
     _, first, number = np.unique(component, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number]
 
@@ -30,7 +30,7 @@ def split(
     labels: np.ndarray,
     hashes: Sequence[str],
     *,
-    pictures: Sequence | None = None,
+    duplicate_groups: Sequence | None = None,
     groups: Sequence[str] | None = None,
     parts: Sequence[str] | None = None,
     protocol: str = "grouped",
@@ -44,14 +44,14 @@ def split(
 ) -> dict[str, np.ndarray]:
     """Indices of `train`, `val` and `test`.
 
-    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no picture and no group crosses.
+    "grouped" (default): fold `fold` of five is the test part, stratified by class, and no duplicate and no group crosses.
     "official": the published test part, and the published validation part if there is one. "random": folds by image, as most
     papers split, to measure what leakage is worth. Validation is otherwise carved from what is not test, by the same rule as
     the folds ("official": by group).
 
     Args:
         labels, hashes, groups, parts: of length N; see `Source` and `cache.Signatures`.
-        pictures: what counts as one picture, e.g. `leakage.pictures`; by default images of equal hashes.
+        duplicate_groups: numbers shared by duplicates, as of `leakage.duplicate_groups`; by default images of equal hashes.
         fraction: of the training part, drawn by class; smaller fractions are subsets of larger ones.
         draws: if above 0, `val_per_class` images of each class are the validation part (unless one is published), the same for
             every draw, and what remains is cut into so many disjoint training sets, whole groups, by class.
@@ -79,7 +79,7 @@ def split(
     order = np.lexsort((labels, np.asarray(hashes)))
     number = np.arange(len(labels))
     if protocol != "random":
-        number = group_images(np.asarray(hashes if pictures is None else pictures)[order], _take(groups, order))
+        number = group_images(np.asarray(hashes if duplicate_groups is None else duplicate_groups)[order], _take(groups, order))
     labels, position = labels[order], np.arange(len(order))
 
     is_published = protocol == "official" and "val" in parts  # nothing is folded

@@ -1,14 +1,15 @@
-"""What the methods share: the contract of a task, and a teacher that cannot be changed."""
+"""What the methods share: the contract of a task, and distillation with a teacher that may stop."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping
 
 import timm.task
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdkd_lib import models
 from hdkd_lib.losses import logit_distillation
+from hdkd_lib.methods.teacher import Teacher, check_head
 
 
 class Method(timm.task.TrainingTask):
@@ -17,7 +18,8 @@ class Method(timm.task.TrainingTask):
 
     `trainable_module` is the student, which is optimised and saved (timm's meaning); `auxiliary` holds what a method trains
     along with it and throws away at the end.
-    Subclasses are constructed by keyword only; `settings()` gives the arguments that are numbers or words.
+    Subclasses are constructed by keyword only, and keep each argument but the networks, a number, word, list or dict, as an
+    attribute of its name: a run's configuration holds them (`settings`).
     """
 
     def __init__(self, *, student: nn.Module):
@@ -45,51 +47,32 @@ class Method(timm.task.TrainingTask):
     def follow_paper(self) -> None:
         """What `Recipe.protocol` "paper" changes in the networks; called once, before training."""
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of what can be set: the constructor's arguments but the networks."""
+        return [name for name in inspect.signature(cls).parameters if name not in ("student", "teacher")]
+
     def settings(self) -> dict:
-        return {}
+        """The options of this task by name, as JSON has them."""
+
+        def plain(value):
+            return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+        values = {name: plain(getattr(self, name)) for name in self.options()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def describe(self) -> dict:
-        """Everything that makes this task what it is, as plain values: part of a run's configuration."""
-        return {"name": type(self).__name__, **self.settings(), "student": models.describe(self.student)}
+        """Everything that makes this task what it is, as plain values: part of a run's configuration.
+
+        A method of another package has its address as `name` ("package.module:Class"), as plans name it.
+        """
+        own, module = type(self).__name__, type(self).__module__
+        name = own if module.startswith("hdkd_lib.") or module == "__main__" else f"{module}:{own}"
+        return {"name": name, **self.settings(), "student": models.describe(self.student)}
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, C) of the method's own prediction; call in eval mode."""
         return self.student(images)
-
-
-class Teacher(nn.Module):
-    """A network that only answers: frozen, in eval mode whatever `train()` is called on, in its own normalisation."""
-
-    def __init__(self, network: nn.Module, student: nn.Module):
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-        self.is_same_normalisation = True
-        student_cfg, own_cfg = (getattr(m, "pretrained_cfg", {}) for m in (student, network))
-        if {"mean", "std"} <= student_cfg.keys() & own_cfg.keys():
-            mean_s, std_s, mean_t, std_t = (
-                torch.tensor(cfg[key]).view(1, -1, 1, 1) for cfg in (student_cfg, own_cfg) for key in ("mean", "std")
-            )
-            self.is_same_normalisation = torch.equal(mean_s, mean_t) and torch.equal(std_s, std_t)
-            self.register_buffer("scale", std_s / std_t, persistent=False)
-            self.register_buffer("shift", (mean_s - mean_t) / std_t, persistent=False)
-
-    def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images from the student's normalisation to the teacher's, which is set to eval mode again if need be."""
-        if self.network.training:  # train() was called on the network itself
-            self.network.eval()
-        return images if self.is_same_normalisation else images * self.scale + self.shift
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, indices: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Logits (B, C) and the maps of the given indices, from one pass; images in the student's normalisation."""
-        images = self.prepare(images)
-        if not indices:
-            return self.network(images), []
-        features, maps = self.network.forward_intermediates(images, list(indices))
-        return self.network.forward_head(features), maps
 
 
 class Distillation(Method):
@@ -109,18 +92,7 @@ class Distillation(Method):
         if not 0 <= distill_until <= 1:
             raise ValueError(f"distill_until must be in [0, 1] (got {distill_until})")
         self.distill_until = distill_until
-        if teacher.num_classes != student.num_classes:
-            raise ValueError(
-                f"the teacher has {teacher.num_classes} classes and the student {student.num_classes}; "
-                "train the teacher on the student's classes"
-            )
-        own_classes = getattr(teacher, "pretrained_cfg", {}).get("num_classes")
-        is_adapted = getattr(teacher, "is_trained", False) or own_classes == teacher.num_classes
-        if getattr(teacher, "creation", {}).get("pretrained") and not is_adapted:
-            raise ValueError(
-                f"this pretrained teacher knows {own_classes} classes; its head for {teacher.num_classes} is random: train it "
-                "first (02_teacher with pretrained=True, and probe=True for its classifier alone)"
-            )
+        check_head(teacher, student)
         self.teacher = Teacher(teacher, student)
 
     @property
@@ -130,7 +102,7 @@ class Distillation(Method):
 
     def set_progress(self, progress: float) -> None:
         super().set_progress(progress)
-        # In stage II it is not asked: the device's memory is free for others.
+        # In stage II it does not run: the device's memory is free for others.
         self.teacher.to("cpu" if self.in_stage2 else next(self.student.parameters()).device)
 
     def label_terms(self, class_logits: Tensor, distillation_logits: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def fuse(local: Tensor, global_: Tensor, alpha: float) -> Tensor:
     return alpha * local + (1 - alpha) * global_[:, :, None, None]
 
 
-def meeting_grid(*grids: tuple[int, int]) -> tuple[int, int]:
+def common_grid(*grids: tuple[int, int]) -> tuple[int, int]:
     """The smaller of the grids (rows, columns), per side."""
     return min(rows for rows, _ in grids), min(columns for _, columns in grids)
 
@@ -66,7 +66,7 @@ def spatial_loss(patch_logits: Tensor, fused: Tensor, distill_type: str = "hard"
 
     hard: cross-entropy with the argmax of `fused`; soft: tau^2 KL(fused || patch_logits) at temperature tau.
     """
-    grid = meeting_grid(tuple(patch_logits.shape[2:]), tuple(fused.shape[2:]))
+    grid = common_grid(tuple(patch_logits.shape[2:]), tuple(fused.shape[2:]))
     rows = [_pool(logits, grid).movedim(1, 3).flatten(0, 2) for logits in (patch_logits, fused)]
     return logit_distillation(*rows, distill_type=distill_type, tau=tau, reduction="batchmean")
 
@@ -146,10 +146,6 @@ class CSKD(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def settings(self) -> dict:
-        names = ("distill_type", "alpha", "tau", "spatial_weight", "schedule", "prediction", "distill_until")
-        return {name: getattr(self, name) for name in names}
-
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         tokens = self.student.forward_features(images)
         logits = self.student.forward_head(tokens)
@@ -181,7 +177,7 @@ class CSKD(Distillation):
         if patches.shape[1] != own[0] * own[1]:
             raise ValueError(f"the student has {patches.shape[1]} patch tokens for a grid of {own[0]}x{own[1]} places")
         maps = patches.unflatten(1, own).movedim(3, 1)
-        pooled = _pool(maps, meeting_grid(own, grid)).movedim(1, 3)
+        pooled = _pool(maps, common_grid(own, grid)).movedim(1, 3)
         return self._patch_head(pooled).movedim(3, 1)
 
     def _patch_head(self, tokens: Tensor) -> Tensor:

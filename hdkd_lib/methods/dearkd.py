@@ -110,10 +110,6 @@ class DearKD(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def settings(self) -> dict:
-        names = ("distill_type", "alpha", "tau", "hidden_weight", "distill_until", "stage2")
-        return {name: getattr(self, name) for name in names} | {"taps": {str(b): stride for b, stride in self.taps.items()}}
-
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.in_stage2:
             tokens = self.student.forward_features(images)
@@ -129,7 +125,7 @@ class DearKD(Distillation):
             if self.stage2 == "class":
                 return {"loss": class_loss, **terms}
             return {**terms, **self.label_terms(class_logits, distillation_logits, target)}
-        teacher_logits, maps = self.lesson(images)
+        teacher_logits, maps = self.teacher_outputs(images)
         terms["distillation_loss"] = self.logit_loss(distillation_logits, teacher_logits)
         loss = (1 - self.alpha) * class_loss + self.alpha * terms["distillation_loss"]
         if self.taps:
@@ -137,7 +133,7 @@ class DearKD(Distillation):
             loss = loss + self.hidden_weight * terms["hidden_loss"]
         return {"loss": loss, **terms}
 
-    def lesson(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def teacher_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits (B, C) and its map for every tap, of images in the student's normalisation."""
         indices = sorted(set(self.teacher_maps))
         logits, found = self.teacher(images, indices)

@@ -47,9 +47,6 @@ class DeiT(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("distill_type", "alpha", "tau", "reduction", "distill_until")}
-
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.student(images)
         class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)

@@ -6,7 +6,7 @@ distillation logits, t the teacher's logits on the same augmented batch, and F_i
 teacher share:
 
     L_logit = (1 - alpha) CE(z_c, y) + alpha {tau^2 KL(t || z_d) | CE(z_d, argmax t)}
-    L_feat  = sum_i i^alpha_f MSE(F_T_i, F_S_i)          i = 1, 2, ... counts the chosen stages
+    L_feat  = sum_i i MSE(F_T_i, F_S_i)                  i = 1, 2, ... counts the chosen stages
     L       = L_logit + lambda L_feat
 
 No projection and no normalisation stands between the features: the networks share their stages' shapes. Prediction is the mean
@@ -23,12 +23,10 @@ from hdkd_lib.methods.base import Distillation
 from hdkd_lib.models.hdkd import HDKDStudent
 
 
-def feature_loss(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], *, numbers: Sequence[int] | None = None, exponent: float = 1.0
-) -> Tensor:
-    """sum_i i^exponent MSE(teacher_i, student_i); maps (B, C_i, H_i, W_i); i = `numbers`, by default 1, 2, ... as given."""
+def feature_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], numbers: Sequence[int] | None = None) -> Tensor:
+    """sum_i i MSE(teacher_i, student_i); maps (B, C_i, H_i, W_i); i = `numbers`, by default 1, 2, ... as given."""
     numbers = range(1, len(teacher) + 1) if numbers is None else numbers
-    return sum(i**exponent * F.mse_loss(s, t) for i, t, s in zip(numbers, teacher, student, strict=True))
+    return sum(i * F.mse_loss(s, t) for i, t, s in zip(numbers, teacher, student, strict=True))
 
 
 class HDKD(Distillation):
@@ -43,14 +41,11 @@ class HDKD(Distillation):
         tau: temperature of soft distillation.
         feature_weight: lambda, at least 0.
         stages: which shared stages teach, counted from 1; empty: logits alone teach.
-        stage_exponent: alpha_f.
         stage_weighting: "index" counts the chosen stages (the official code), "number" is the stage's own number.
         reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
         prediction: weight of the distillation head in the prediction, in [0, 1]: 0 is the class head alone, .5 the mean (the
             official code). At alpha = 0 nothing trains that head and it is left out.
         distill_until: share of training after which the teacher stops (`Distillation`).
-        projection: whether a 1x1 convolution, trained along, takes the student's maps to the widths of a teacher with other
-            stages, compared at equal strides (OUR CHOICE; the paper's point is that none is needed).
 
     Raises:
         ValueError: an argument is out of range, the student is not HDKD's, or a stage's shapes differ.
@@ -66,11 +61,9 @@ class HDKD(Distillation):
         tau: float = 1.0,
         feature_weight: float = 10.0,
         stages: Sequence[int] = (1, 2, 3),
-        stage_exponent: float = 1.0,
         stage_weighting: str = "index",
         reduction: str = "classes",
         prediction: float = 0.5,
-        projection: bool = False,
         distill_until: float = 1.0,
     ):
         super().__init__(student=student, teacher=teacher, distill_until=distill_until)
@@ -86,30 +79,16 @@ class HDKD(Distillation):
         count = len(student.stages)
         if list(stages) != sorted(set(stages) & set(range(1, count + 1))):
             raise ValueError(f"stages must be ascending numbers from 1 to {count} (got {list(stages)})")
-        self.feature_weight, self.stages, self.stage_exponent = feature_weight, tuple(stages), stage_exponent
-        self.stage_weighting, self.prediction, self.projection = stage_weighting, prediction, projection
-        self.teacher_stages = self._align(student, teacher)
-
-    def _align(self, student: nn.Module, teacher: nn.Module) -> list[int]:
-        """The teacher's index of each chosen stage; makes the projections, if there are any."""
-        strides = [info["reduction"] for info in teacher.feature_info]
-        found = []
+        self.feature_weight, self.stages, self.stage_weighting = feature_weight, tuple(stages), stage_weighting
+        self.prediction = prediction
         for stage in self.stages:
-            width, stride = (student.feature_info[stage - 1][key] for key in ("num_chs", "reduction"))
-            index = stage - 1
-            if self.projection and stride in strides:
-                index = strides.index(stride)
-            theirs = teacher.feature_info[index] if index < len(strides) else {"num_chs": 0, "reduction": 0}
-            if theirs["reduction"] != stride or (theirs["num_chs"] != width and not self.projection):
+            shapes = [_shape(network, stage) for network in (student, teacher)]
+            if shapes[0] != shapes[1]:
+                own, theirs = (f"{channels} channels at stride {stride}" for channels, stride in shapes)
                 raise ValueError(
-                    f"stage {stage} has {width} channels at stride {stride} in the student and {theirs['num_chs']} at stride "
-                    f"{theirs['reduction']} in the teacher; take a teacher with the student's stages, or pass projection=True "
-                    f"for one that has stride {stride} (it has {', '.join(map(str, strides))})"
+                    f"stage {stage} has {own} in the student and {theirs} in the teacher; take a teacher with the student's "
+                    "stages, such as hdkd_teacher"
                 )
-            if theirs["num_chs"] != width:
-                self.auxiliary[f"projection{stage}"] = nn.Conv2d(width, theirs["num_chs"], 1)
-            found.append(index)
-        return found
 
     def follow_paper(self) -> None:
         """Batch norm's momenta that leave its statistics as the official code's repeated forward passes do.
@@ -122,19 +101,6 @@ class HDKD(Distillation):
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 1 - 0.9**runs
 
-    def settings(self) -> dict:
-        names = (
-            "distill_type",
-            "alpha",
-            "tau",
-            "feature_weight",
-            "stage_exponent",
-            "stage_weighting",
-            "reduction",
-            "prediction",
-        )
-        return {name: getattr(self, name) for name in (*names, "projection", "distill_until")} | {"stages": list(self.stages)}
-
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         indices = [stage - 1 for stage in self.stages]
         tokens, student_maps = self.student.forward_intermediates(images, indices or [0])
@@ -142,15 +108,12 @@ class HDKD(Distillation):
         output = self._prediction(class_logits, distillation_logits)
         if self.in_stage2:
             return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
-        teacher_logits, teacher_maps = self.teacher(images, self.teacher_stages)
+        teacher_logits, teacher_maps = self.teacher(images, indices)
         distillation = self.logit_loss(distillation_logits, teacher_logits)
         logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
         features = logit_loss.new_zeros(())
         if indices:
-            names = [f"projection{stage}" for stage in self.stages]
-            projected = [self.auxiliary[n](m) if n in self.auxiliary else m for n, m in zip(names, student_maps, strict=True)]
-            numbers = self.stages if self.stage_weighting == "number" else None
-            features = feature_loss(teacher_maps, projected, numbers=numbers, exponent=self.stage_exponent)
+            features = feature_loss(teacher_maps, student_maps, self.stages if self.stage_weighting == "number" else None)
         return {
             "loss": logit_loss + self.feature_weight * features,
             "output": output,
@@ -170,3 +133,9 @@ class HDKD(Distillation):
         # At alpha = 0 nothing trains the distillation head: averaging it in, as the official code does, would add noise.
         weight = self.prediction if self.alpha > 0 else 0.0
         return class_logits + weight * (distillation_logits - class_logits) if weight else class_logits
+
+
+def _shape(network: nn.Module, stage: int) -> tuple[int, int]:
+    """Channels and stride of a stage, counted from 1; (0, 0) where there is none."""
+    stages = network.feature_info
+    return (stages[stage - 1]["num_chs"], stages[stage - 1]["reduction"]) if stage <= len(stages) else (0, 0)

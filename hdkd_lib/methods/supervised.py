@@ -25,9 +25,6 @@ class Supervised(Method):
             self.student.eval()
         return self
 
-    def settings(self) -> dict:
-        return {"probe": True} if self.probe else {}
-
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         output = self.student(images)
         return {"loss": self.cross_entropy(output, target), "output": output}

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +95,7 @@ def cost(model: nn.Module, image_size: int) -> dict[str, float]:
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 2e9}
 
 
-def parts(model: nn.Module, image_size: int) -> list[dict]:
+def module_summary(model: nn.Module, image_size: int) -> list[dict]:
     """The parts of a network in the order of one image's pass: `name`, output `shape` (no batch), `parameters`, `gflops`.
 
     A part is a child module, or each module of a child that is a list of them ("stages.0").
@@ -167,3 +168,12 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -
     model.load_state_dict(weights)
     model.is_trained = True
     return model
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of a network's weights: the identity of a teacher in its student's configuration."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -22,7 +22,7 @@ from torchvision import transforms as T
 
 from hdkd_lib import data, models
 from hdkd_lib.data.augment import AUGMENTATIONS
-from hdkd_lib.data.batches import Normalise, Part, batches
+from hdkd_lib.data.batches import Part, Preprocess, batches
 from hdkd_lib.data.cache import decode
 from hdkd_lib.data.sources import open_source
 from hdkd_lib.methods import HDKD
@@ -89,12 +89,12 @@ def main() -> None:
         decode(open_source("folder", root), size)
         build = time.perf_counter() - start
         whole = data.load("folder", root, image_size=size)
-        part = Part(whole.train.images.store[:].clone(), torch.arange(count) % 2, [], np.arange(count)).resident(device)
+        part = Part(whole.train.images.store[:].clone(), torch.arange(count) % 2, [], np.arange(count)).on_device(device)
 
         student = models.create("hdkd_student_distilled", num_classes=2, img_size=size)
         task = HDKD(student=student, teacher=models.create("hdkd_teacher", num_classes=2))
         task.to(device, memory_format=torch.channels_last).train()
-        prepare = Normalise(student, AUGMENTATIONS[options.augment]()).to(device)
+        prepare = Preprocess(student, AUGMENTATIONS[options.augment]()).to(device)
 
         def epoch() -> None:
             for images, _ in batches(part, 16, shuffle=True, device=device):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hdkd_lib.data.augment import Augmentation, DeiT
-from hdkd_lib.data.batches import Files, Normalise, Part, Rows, _ahead, batches
+from hdkd_lib.data.batches import Files, Part, Preprocess, Rows, _ahead, batches
 
 
 def numbered(count: int) -> Part:
@@ -46,16 +46,16 @@ def test_rows_are_indexed_as_the_tensor_of_these_images(index):
     assert (len(rows), rows.shape) == (5, tensor.shape)
 
 
-@pytest.mark.parametrize("resident", ["auto", True, False])
-def test_residence_changes_nothing_on_a_cpu(resident):
+@pytest.mark.parametrize("cache", ["auto", True, False])
+def test_residence_changes_nothing_on_a_cpu(cache):
     part = numbered(4)
-    assert part.resident(torch.device("cpu"), resident) is part
+    assert part.on_device(torch.device("cpu"), cache) is part
 
 
-@pytest.mark.parametrize("resident", ["yes", None, 2])
-def test_an_unknown_residence_is_refused(resident):
-    with pytest.raises(ValueError, match=r"resident must be 'auto', True or False \(got"):
-        numbered(4).resident(torch.device("cpu"), resident)
+@pytest.mark.parametrize("cache", ["yes", None, 2])
+def test_an_unknown_residence_is_refused(cache):
+    with pytest.raises(ValueError, match=r"cache_on_device must be 'auto', True or False \(got"):
+        numbered(4).on_device(torch.device("cpu"), cache)
 
 
 # --- order ---
@@ -113,10 +113,10 @@ def test_what_is_not_on_the_device_is_read_ahead_in_the_same_order():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_batches_come_on_the_gpu_whether_resident_or_not(device, resident):
-    part = numbered(10).resident(torch.device(device), resident)
+def test_batches_come_on_the_gpu_whether_resident_or_not(device, cache):
+    part = numbered(10).on_device(torch.device(device), cache)
     given = list(batches(part, 3, device=device))
     assert all(images.is_cuda and labels.is_cuda for images, labels in given)
     assert torch.cat([labels for _, labels in given]).tolist() == list(range(0, 20, 2))
@@ -285,7 +285,7 @@ def test_a_file_of_floating_point_pixels_is_named(tmp_path):
 
 
 def test_files_are_never_resident(files):
-    assert files.resident(torch.device("meta"), True) is files
+    assert files.on_device(torch.device("meta"), True) is files
 
 
 # --- normalisation ---
@@ -307,7 +307,7 @@ class Threshold(Augmentation):
 @pytest.mark.parametrize("augment", [None, Threshold()])
 def test_normalise_scales_then_augments_then_standardises_then_finishes(augment):
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = Normalise(MODEL, augment)(images)
+    out = Preprocess(MODEL, augment)(images)
     assert out.is_contiguous(memory_format=torch.channels_last)
     for c in range(3):
         scaled, factor = images[:, c].numpy() / np.float32(255), 1
@@ -321,7 +321,7 @@ def test_erasing_comes_after_standardising():
     change = DeiT(layers=0, erasing=1.0)
     change.crop = False
     random.seed(0)
-    out = Normalise(MODEL, change)(images)
+    out = Preprocess(MODEL, change)(images)
     white = ((1 - torch.tensor(MEAN)) / torch.tensor(STD)).view(1, 3, 1, 1)
     noise = out[(out - white).abs() > 1e-5]
     assert_close(noise.mean(), torch.tensor(0.0), atol=0.05, rtol=0)

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hdkd_lib.data.cache import Signatures, decode
-from hdkd_lib.data.leakage import audit, copies_in_train, main, near_duplicates, optimism, pictures
+from hdkd_lib.data.leakage import audit, copies_in_train, duplicate_groups, leakage_gain, main, near_duplicates
 from hdkd_lib.data.sources import Source
 from hdkd_lib.data.splits import FOLDS, split
 
-COLUMNS = ["a", "b", "kind", "bits", "difference", "correlation", "label_a", "label_b", "part_a", "part_b"]
+COLUMNS = ["a", "b", "match", "bits", "difference", "correlation", "label_a", "label_b", "part_a", "part_b"]
 
 
 def smooth(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
@@ -80,9 +80,9 @@ def test_a_changed_copy_is_a_near_duplicate(tmp_path, cache, change):
 def test_independent_pictures_are_no_duplicates(tmp_path, cache):
     found = audit(sign(*map(smooth, range(60)), tmp_path=tmp_path), [str(i) for i in range(60)], np.zeros(60, int), ["x"])
     assert found.pairs.empty
-    assert len(set(found.pictures)) == 60
+    assert len(set(found.duplicate_groups)) == 60
     assert found.summary == {
-        "images": 60, "exact_copies": 0, "near_duplicate_pairs": 0, "pictures": 60, "pictures_with_two_labels": 0,
+        "images": 60, "exact_copies": 0, "near_duplicate_pairs": 0, "distinct_images": 60, "duplicates_with_two_labels": 0,
     }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_pictures_are_the_chains_of_equal_and_near_images(numbers, data):
     linked[near.a, near.b] = linked[near.b, near.a] = True
     for _ in range(6):  # the transitive closure, by squaring
         linked = linked @ linked
-    found = pictures(Signatures(hashes, *[None] * 4), near)
+    found = duplicate_groups(Signatures(hashes, *[None] * 4), near)
     assert np.array_equal(found[:, None] == found, linked)
 
 
@@ -157,10 +157,10 @@ def test_pairs_show_first_where_a_test_image_was_seen(planted):
         ("train/0", "test/0"), ("train/0", "train/0 again"), ("train/0", "val/0 near"), ("val/1", "test/1"),
     ]  # fmt: skip
     leak = found.loc[("train/0", "test/0")]
-    assert leak[["kind", "bits", "difference", "correlation"]].tolist() == ["exact", 0, 0, 1]
+    assert leak[["match", "bits", "difference", "correlation"]].tolist() == ["exact", 0, 0, 1]
     assert leak[["label_a", "label_b", "part_a", "part_b"]].tolist() == ["cat", "dog", "train", "test"]
     assert (leak.is_conflict, leak.is_crossing) == (True, True)
-    assert found.loc[("train/0", "val/0 near"), "kind"] == "near"
+    assert found.loc[("train/0", "val/0 near"), "match"] == "near"
     assert not found.loc[("train/0", "train/0 again"), ["is_conflict", "is_crossing"]].any()
     assert found.loc[("val/1", "test/1"), ["is_conflict", "is_crossing"]].tolist() == [False, True]
 
@@ -171,8 +171,8 @@ def test_the_summary_counts_images_and_pictures(planted):
         "images": 10,
         "exact_copies": 3,
         "near_duplicate_pairs": 1,
-        "pictures": 6,
-        "pictures_with_two_labels": 1,
+        "distinct_images": 6,
+        "duplicates_with_two_labels": 1,
         "val_images": 3,
         "val_images_with_exact_duplicate_in_train": 0,
         "val_images_with_exact_or_near_duplicate_in_train": 1,
@@ -182,11 +182,11 @@ def test_the_summary_counts_images_and_pictures(planted):
         "test_images_with_exact_duplicate_in_val": 1,
         "test_images_with_exact_or_near_duplicate_in_val": 2,
     }
-    assert len(set(found.pictures[[0, 1, 2, 3]])) == len(set(found.pictures[[4, 5]])) == 1
+    assert len(set(found.duplicate_groups[[0, 1, 2, 3]])) == len(set(found.duplicate_groups[[4, 5]])) == 1
     without = audit(planted[0], **planted[1] | {"parts": None})
     assert without.summary == dict(list(found.summary.items())[:5])
     assert not without.pairs.is_crossing.any()
-    assert np.array_equal(without.pictures, found.pictures)
+    assert np.array_equal(without.pictures, found.duplicate_groups)
 
 
 def test_a_chain_of_near_duplicates_is_one_picture():
@@ -196,8 +196,8 @@ def test_a_chain_of_near_duplicates_is_one_picture():
         signatures.gradients[b, 2 * a : 2 * a + 2] ^= 0b111111
     found = audit(signatures, list("abcde"), np.zeros(5, int), ["x"])
     assert found.pairs[["a", "b", "bits"]].to_numpy().tolist() == [["a", "b", 12], ["b", "c", 12], ["c", "d", 12]]
-    assert len(set(found.pictures[:4])) == 1
-    assert found.summary["pictures"] == 2
+    assert len(set(found.duplicate_groups[:4])) == 1
+    assert found.summary["distinct_images"] == 2
 
 
 def test_three_thousand_images_are_audited_in_seconds():
@@ -205,7 +205,7 @@ def test_three_thousand_images_are_audited_in_seconds():
     found = audit(signatures, [str(i) for i in range(3000)], np.zeros(3000, int), ["x"])
     assert time.perf_counter() - start < 10
     assert (found.summary["exact_copies"], found.summary["near_duplicate_pairs"]) == (100, 0)
-    assert found.summary["pictures"] == 2900
+    assert found.summary["distinct_images"] == 2900
 
 
 # --- what it is worth ---
@@ -216,7 +216,7 @@ def test_duplicates_alone_lift_a_random_split_and_without_them_there_is_no_diffe
         signatures = random_signatures(360, distinct)
         labels = np.random.default_rng(1).integers(0, 2, distinct)[np.arange(360) % distinct]  # nothing to be learned
         splits = {p: [split(labels, signatures.hashes, protocol=p, fold=f) for f in range(3)] for p in ("random", "grouped")}
-        scores = optimism(signatures, labels, splits)
+        scores = leakage_gain(signatures, labels, splits)
         assert len(scores) == 2 * 3 * 2
         assert sorted(scores.fold.unique()) == [0, 1, 2]
         mean = scores.pivot_table("balanced_accuracy", "classifier", "protocol")
@@ -232,7 +232,7 @@ def test_optimism_measures_the_test_part_by_all_that_is_not_test():
     signatures = random_signatures(6, distinct=3)
     labels = np.array([0, 1, 0, 0, 1, 0])
     fold = {"train": np.array([0]), "val": np.array([1]), "test": np.array([3, 4])}
-    scores = optimism(signatures, labels, {"p": [fold]}).set_index("classifier").balanced_accuracy
+    scores = leakage_gain(signatures, labels, {"p": [fold]}).set_index("classifier").balanced_accuracy
     assert scores["nearest neighbour"] == 1, "one twin is in train, the other in val"
 
 
@@ -268,7 +268,7 @@ def test_the_command_line_counts_pictures_that_cross_the_parts(leaky, cache, cap
         assert line in printed
     assert f"1 pairs in {out}" in printed
     pairs = pd.read_csv(out)
-    assert pairs[["a", "b", "kind", "is_crossing"]].to_numpy().tolist() == [["train/b/1.png", "test/b/0.png", "exact", True]]
+    assert pairs[["a", "b", "match", "is_crossing"]].to_numpy().tolist() == [["train/b/1.png", "test/b/0.png", "exact", True]]
 
 
 def test_the_command_line_finds_nothing_crossing_within_one_part(leaky, cache):
@@ -307,7 +307,7 @@ def pixel_hashes(paths: list[Path]) -> np.ndarray:
 @pytest.mark.parametrize("name", ["brain_tumor", "ham10000"])
 def test_no_picture_and_no_lesion_crosses_a_fold_of_real_data(real, name):
     data = real(name)
-    values = [pixel_hashes(data.source.images), data.audit.pictures]
+    values = [pixel_hashes(data.source.images), data.audit.duplicate_groups]
     values += [np.array(data.source.groups)] if data.source.groups else []
     tested = []
     for fold in range(FOLDS):
@@ -327,7 +327,7 @@ def test_the_brain_tumour_sets_published_test_images_were_mostly_seen_in_trainin
     assert summary["test_images_with_exact_duplicate_in_train"] == seen == 251
     assert summary["test_images"] == 394
     assert summary["test_images_with_exact_or_near_duplicate_in_train"] >= 259
-    assert summary["pictures_with_two_labels"] >= 2
+    assert summary["duplicates_with_two_labels"] >= 2
     pairs = data.audit.pairs
     assert {"Testing/glioma_tumor/image(2).jpg", "Testing/glioma_tumor/image(48).jpg"} <= set(pairs[pairs.is_conflict].b)
 
@@ -338,7 +338,7 @@ def test_one_picture_of_ham10000_under_two_lesions_ends_in_one_group(real):
     assert data.source.groups[twins[0]] != data.source.groups[twins[1]]
     pairs = data.audit.pairs
     assert ((pairs.a == "ISIC_0025226") & (pairs.b == "ISIC_0030074")).sum() == 1
-    assert data.audit.pictures[twins[0]] == data.audit.pictures[twins[1]]
+    assert data.audit.duplicate_groups[twins[0]] == data.audit.duplicate_groups[twins[1]]
     assert data.card["groups"] < 7470
 
 

@@ -116,7 +116,7 @@ def test_the_card_counts_what_leaks(image_folder):
         "classes": {"a": 20, "b": 20},
         "exact_copies": 6,
         "near_duplicate_pairs": 0,
-        "pictures": 34,
+        "distinct_images": 34,
         "pictures_with_two_labels": 1,
         "groups": 34,
         "test_images": 20,

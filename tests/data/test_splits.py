@@ -15,17 +15,23 @@ quick = settings(max_examples=25)
 def collections(draw) -> dict:
     """Three classes of eight separate images each, and more whose pixels and names repeat at will, across classes too.
 
-    Pixels of two numbers are one picture where the second half of them is near the first.
+    Pixels of two numbers are duplicates where the second half of them is near the first.
     """
     extra = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(24, 32), st.integers(24, 32)), max_size=24))
     rows = [(i % 3, i, i) for i in range(24)] + extra
     labels, pixels, names = (np.array(column) for column in zip(*rows, strict=True))
     parts = np.where(np.arange(len(rows)) % 24 < 15, "train", "test")
-    pictures = np.where(pixels > 28, pixels - 4, pixels)
-    return {"labels": labels, "hashes": pixels.astype(str), "pictures": pictures, "groups": names.astype(str), "parts": parts}
+    duplicates = np.where(pixels > 28, pixels - 4, pixels)
+    return {
+        "labels": labels,
+        "hashes": pixels.astype(str),
+        "duplicate_groups": duplicates,
+        "groups": names.astype(str),
+        "parts": parts,
+    }
 
 
-KEYS = ("hashes", "pictures", "groups")
+KEYS = ("hashes", "duplicate_groups", "groups")
 
 
 def parted(collection: dict, **options) -> dict[str, np.ndarray]:
@@ -74,8 +80,8 @@ def test_official_keeps_the_published_validation_part(collection, seed):
 @quick
 @given(collections(), st.sampled_from(["grouped", "official"]))
 def test_without_pictures_equal_pixels_are_one(collection, protocol):
-    by_pixels = collection | {"pictures": np.unique(collection["hashes"], return_inverse=True)[1]}
-    explicit, default = (parted(c, protocol=protocol) for c in (by_pixels, collection | {"pictures": None}))
+    by_pixels = collection | {"duplicate_groups": np.unique(collection["hashes"], return_inverse=True)[1]}
+    explicit, default = (parted(c, protocol=protocol) for c in (by_pixels, collection | {"duplicate_groups": None}))
     for part, index in explicit.items():
         assert np.array_equal(index, default[part])
 
@@ -163,11 +169,11 @@ def test_random_leaks_duplicated_images_and_grouped_does_not():
 
 
 def test_near_duplicates_stay_together_though_their_pixels_differ():
-    labels, hashes, pictures = np.arange(120) % 2, np.arange(120).astype(str), np.arange(120) % 60
+    labels, hashes, duplicates = np.arange(120) % 2, np.arange(120).astype(str), np.arange(120) % 60
     crossing = {}
-    for given_pictures in (None, pictures):
-        parts = split(labels, hashes, pictures=given_pictures)
-        crossing[given_pictures is None] = np.isin(pictures[parts["test"]], pictures[parts["train"]]).mean()
+    for groups in (None, duplicates):
+        parts = split(labels, hashes, duplicate_groups=groups)
+        crossing[groups is None] = np.isin(duplicates[parts["test"]], duplicates[parts["train"]]).mean()
     assert crossing[True] > 0.5
     assert crossing[False] == 0
 
@@ -195,7 +201,7 @@ def test_the_seed_alone_draws_another_split():
             "class 'dog' has 4 separate images .* needs at least 5 of every class",
         ),
         (
-            {"pictures": np.minimum(np.arange(40), 9)},
+            {"duplicate_groups": np.minimum(np.arange(40), 9)},
             "class 'dog' has 4 separate images .* needs at least 5 of every class",
         ),
         ({"protocol": "official", "parts": ["train"] * 30 + ["test"] * 10}, "no image of class 'cat' is in the test part"),

@@ -239,12 +239,12 @@ def test_each_block_is_taught_by_its_own_map(taps, strides, small_batch, caught,
 
 def test_a_lesson_is_the_teachers_answer_and_a_map_for_each_tap(small_batch):
     task = dearkd(taps={0: 8, 1: 4, 2: 8})
-    logits, maps = task.lesson(small_batch[0])
+    logits, maps = task.teacher_outputs(small_batch[0])
     sides = [32 // stride for stride in task.taps.values()]
     assert [tuple(found.shape[2:]) for found in maps] == [(side, side) for side in sides]
     assert torch.equal(maps[0], maps[2])
     assert_close(logits, task.teacher(small_batch[0])[0])
-    assert dearkd(taps={}).lesson(small_batch[0])[1] == []
+    assert dearkd(taps={}).teacher_outputs(small_batch[0])[1] == []
 
 
 def test_taps_are_in_the_order_of_blocks_not_of_their_names():

@@ -57,7 +57,7 @@ def test_a_network_made_by_timm_is_described_by_its_architecture():
     assert models.describe(timm.create_model("test_resnet", num_classes=4)) == {"name": "test_resnet", "num_classes": 4}
 
 
-@pytest.mark.parametrize("measure", [models.cost, models.parts])
+@pytest.mark.parametrize("measure", [models.cost, models.module_summary])
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_changes_nothing_in_the_network(build, training, measure):
     model = build().train(training)
@@ -77,7 +77,7 @@ def test_cost_counts_two_operations_per_multiply_add():
 @pytest.mark.parametrize("name", ["hdkd_teacher_nano", "hdkd_student_nano", "hdkd_student_distilled_nano", "test_vit"])
 def test_parts_add_up_to_the_network_but_for_its_tokens_and_positions(name, build):
     model = build(name, img_size=32)
-    parts, whole = models.parts(model, 32), models.cost(model, 32)
+    parts, whole = models.module_summary(model, 32), models.cost(model, 32)
     own = sum(p.numel() for p in model.parameters(recurse=False))
     assert whole["parameters"] == sum(p.numel() for p in model.parameters())
     assert sum(part["parameters"] for part in parts) == whole["parameters"] - own
@@ -91,7 +91,7 @@ def test_parts_have_the_shapes_of_their_outputs(build):
         ("hdkd_teacher_nano", [("fc", (32,)), ("head", (10,))]),
         ("hdkd_student_distilled_nano", [*tokens, ("head", (10,)), ("head_dist", (10,))]),
     ):
-        parts = models.parts(build(name, img_size=32), 32)
+        parts = models.module_summary(build(name, img_size=32), 32)
         assert [(part["name"], part["shape"]) for part in parts] == stages + rest
 
 
@@ -104,7 +104,7 @@ def test_parts_come_in_the_order_in_which_they_run_with_two_operations_per_multi
         def forward(self, x):
             return self.head(self.stem(x).mean((2, 3)))
 
-    stem, head = models.parts(HeadFirst(), 8)
+    stem, head = models.module_summary(HeadFirst(), 8)
     assert stem == {"name": "stem", "shape": (4, 8, 8), "parameters": 16, "gflops": pytest.approx(2 * 64 * 3 * 4 / 1e9)}
     assert head == {"name": "head", "shape": (2,), "parameters": 10, "gflops": pytest.approx(2 * 4 * 2 / 1e9)}
 

@@ -1,0 +1,80 @@
+"""One run in several processes of this machine, each with its share of every batch."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The number of this process, counted from 0, and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def check_count(count: int, device: torch.device) -> None:
+    """Whether so many processes can train here.
+
+    Raises:
+        ValueError: fewer than one, or more than there are GPUs.
+    """
+    most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, count)
+    if not 1 <= count <= max(1, most):
+        raise ValueError(
+            f"num_processes must be at least 1, and on GPUs at most their number (got {count}, {most} of {device.type})"
+        )
+
+
+def spawn(train: Callable, job, count: int) -> None:
+    """`train(job)` in `count` processes that can sum their gradients (`wrap`); `job` is a dataclass with a task and a device.
+
+    Raises:
+        RuntimeError: one of them failed; the message is its error's last line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()  # the first process works on the same GPU
+        arguments = (count, f"file://{folder}/rendezvous", train, replace(job, task=job.task.cpu()))
+        try:
+            torch.multiprocessing.spawn(_start, arguments, nprocs=count)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
+
+
+def _start(rank: int, count: int, rendezvous: str, train: Callable, job) -> None:
+    is_cuda = job.device.type == "cuda"
+    device = torch.device("cuda", rank) if is_cuda else job.device
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    if is_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo", init_method=rendezvous, rank=rank, world_size=count)
+    try:
+        task = copy.deepcopy(job.task).to(device, memory_format=torch.channels_last)  # what was sent is in shared memory
+        train(replace(job, task=task, device=device))
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(task: nn.Module, device: torch.device) -> nn.Module:
+    """The task, with gradients averaged over all processes after each backward pass; on GPUs its batch norms count the images
+    of all processes. In one process: the task itself.
+    """
+    if rank_and_count()[1] == 1:
+        return task
+    if device.type == "cuda":  # timm's conversion keeps the activation that some of its norms hold
+        task.trainable_module = convert_sync_batchnorm(task.student)
+        task.auxiliary = convert_sync_batchnorm(task.auxiliary)
+    return nn.parallel.DistributedDataParallel(task, forward_sync_buffers=False, find_unused_parameters=True)
+
+
+def sum_over_processes(totals: dict[str, Tensor], count: int) -> int:
+    """Adds up each total in place, and the count, which is the same in all processes."""
+    processes = rank_and_count()[1]
+    if processes > 1:
+        for total in totals.values():
+            dist.all_reduce(total)
+    return count * processes
