@@ -7,8 +7,8 @@
 A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, draw, fold), `threads` per run,
 `reports` (notebooks that show the result, with their parameters if they are a dict), and `runs`, its arms: parameters of
 run.ipynb, or of the chapter that is its `notebook` (`seed` is added to the replicate's), and `teacher`, the arm that teaches it
-in the same replicate, or a pretrained network. An arm that is `like` another differs from it in what it says itself, and so does a plan that `extends`
-another; dicts merge one level deep.
+in the same replicate, or a pretrained network. An arm that is `like` another differs from it in what it says itself, and so
+does a plan that `extends` another; dicts merge one level deep.
 
 What is to be decided stands in the plan before anything runs: each of its `questions` asks a sentence (`ask`) and has
 `contrasts`, pairs of arms by name, judged by `metric` at `epoch` (last or best), where less than `smallest_difference` does not
@@ -150,7 +150,7 @@ def _check_arms(plan: str, jobs: list[dict]) -> None:
             experiment.check(parameters["method"], parameters["options"], has_teacher=bool(parameters["teacher"]))
             models.check_name(parameters["network"])
             recipes.get(**parameters["recipe"])
-            inversion.settings(**{key: value for key, value in parameters["synthesis"].items() if key != "per_class"})
+            inversion.settings(**parameters["synthesis"])
         except ValueError as error:
             raise ValueError(f"arm {arm} in {plan}.yaml: {error}") from error
 
@@ -508,8 +508,12 @@ def _objections(packed: dict, jobs: dict) -> list[str]:
         found.append(f"its runs are of {len(commits)} commits ({', '.join(sorted(commits))})")
     if changed := [name for name, run in packed.items() if run["environment"].get("uncommitted_changes")]:
         found.append(f"{len(changed)} runs had uncommitted changes ({changed[0]}, ...)")
+    if old := [name for name, run in packed.items() if run["job"]["notebook"] != jobs.get(name, run["job"])["notebook"]]:
+        found.append(f"{len(old)} runs were made by another notebook than the plan's ({old[0]}, ...)")
     if other := [
-        name for name, run in packed.items() if name in jobs and _configuration(run["job"]) != _configuration(jobs[name])
+        name
+        for name, run in packed.items()
+        if name in jobs and name not in old and _configuration(run["job"]) != _configuration(jobs[name])
     ]:
         found.append(f"{len(other)} runs have other parameters than the plan ({other[0]}, ...)")
     return found

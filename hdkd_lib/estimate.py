@@ -65,7 +65,7 @@ def _seconds_per_image(parameters: str, teacher: str) -> tuple[float, float, flo
     train, evaluate = time_of(experiment, **execution)
     if not of["synthesis"]:
         return train, evaluate, 0.0
-    settings = inversion.settings(**{k: v for k, v in of["synthesis"].items() if k != "per_class"})
+    settings = inversion.settings(**of["synthesis"])
     step, _ = time_of(replace(experiment, task=Supervised(student=network.requires_grad_(True))), **execution)
     return train, evaluate, step * sum(scale**2 * count for scale, count in settings.stages)
 

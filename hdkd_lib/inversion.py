@@ -38,6 +38,7 @@ from hdkd_lib.device import autocast, resolve_device, resolve_precision
 from hdkd_lib.losses import batchnorm_loss, check_balance, competition_loss, intra_divergence_loss, total_variation
 from hdkd_lib.methods.teacher import Teacher
 from hdkd_lib.models import digest
+from hdkd_lib.parameters import one_sentence
 from hdkd_lib.runs import config_hash, results_dir, write_atomically, write_json
 
 
@@ -105,19 +106,30 @@ PRESETS = {
 }
 
 
-def settings(preset: str = "small", **changes) -> Inversion:
+@one_sentence
+def settings(preset: str = "small", *, per_class: int = 5, **changes) -> Inversion:
     """The settings of this name in `PRESETS`, with some of them changed.
+
+    Args:
+        per_class: images of every class that are to be made; it changes nothing, but is checked early here.
 
     Raises:
         ValueError: there is no such preset or setting, or a value is out of range.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"a preset of inversion is one of {', '.join(PRESETS)} (got {preset!r})")
+    if per_class < 5:
+        raise ValueError(f"per_class must be at least 5, of which one is for validation (got {per_class})")
+    chosen = _preset(preset)
     for name in changes:
         if name not in Inversion.__dataclass_fields__:
             near = difflib.get_close_matches(name, Inversion.__dataclass_fields__, n=1)
             raise ValueError(f"an inversion has no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return replace(PRESETS[preset], **changes)
+    return replace(chosen, **changes)
+
+
+def _preset(name: str) -> Inversion:
+    if name not in PRESETS:
+        raise ValueError(f"a preset of inversion is one of {', '.join(PRESETS)} (got {name!r})")
+    return PRESETS[name]
 
 
 class _FeatureExtractor(nn.Module):
@@ -323,7 +335,7 @@ def synthesize(
         ValueError: other classes than the teacher's, too few images, a folder that holds other images, or as `invert`.
         FloatingPointError: also the third restart of a batch failed.
     """
-    settings = PRESETS[settings] if isinstance(settings, str) else settings
+    settings = _preset(settings) if isinstance(settings, str) else settings
     if len(classes) != teacher.num_classes or per_class < 4:
         raise ValueError(
             f"the teacher has {teacher.num_classes} classes and needs as many names, and at least 4 images of each "
@@ -375,6 +387,7 @@ def synthesize(
     return folder
 
 
+@one_sentence
 def replace_training(
     data: Data,
     teacher: nn.Module,
@@ -399,7 +412,7 @@ def replace_training(
     Raises:
         ValueError, FloatingPointError: as `settings` and `synthesize`.
     """
-    chosen, size = settings(**of_settings), data.config["image_size"]
+    chosen, size = settings(per_class=per_class, **of_settings), data.config["image_size"]
     request = {"settings": asdict(chosen), "teacher": digest(teacher), "per_class": per_class, "size": size, "seed": seed}
     place = Path(folder or results_dir() / "runs" / "synthetic") / config_hash(request)
     place.parent.mkdir(parents=True, exist_ok=True)

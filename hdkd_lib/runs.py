@@ -36,6 +36,7 @@ from torch import nn
 
 from hdkd_lib import models
 from hdkd_lib.metrics import Predictions
+from hdkd_lib.parameters import one_sentence
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
@@ -93,6 +94,7 @@ def write_json(path: Path, content: dict) -> None:
 class Run:
     """A run. `Run(path)` reads its folder, or what is packed of it beside; `Run.create(path, config)` starts or resumes one."""
 
+    @one_sentence
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._packed = None if (self.path / "config.json").exists() else packed(self.path.parent).get(self.path.name)
@@ -138,6 +140,11 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return self._packed is not None or (self.path / "metrics.json").exists()
+
+    @property
+    def file(self) -> Path:
+        """The file that says that the run is finished: its metrics.json, or the runs.json that it is packed in."""
+        return self.path / "metrics.json" if self._packed is None else self.path.parent / "runs.json"
 
     @property
     def metrics(self) -> dict:
@@ -262,6 +269,7 @@ def plan(folder: str | Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+@one_sentence
 def load(folder: str | Path) -> pd.DataFrame:
     """One row per finished run in `folder` (searched two levels deep), packed or not: configuration and metrics, flat.
 

@@ -4,11 +4,13 @@ Test images that the audit of a published split finds in its training part are l
 are in data/test_in_train/DATASET.csv.
 """
 
+import contextlib
+import difflib
 import functools
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pandas as pd
 
 from hdkd_lib import methods, runs, statistics
 from hdkd_lib.metrics import Predictions, weighted
+from hdkd_lib.parameters import one_sentence
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run
 from hdkd_lib.statistics import Contrast, Interval, interval
@@ -165,7 +168,7 @@ def changes(plan: Mapping) -> dict[str, tuple[str, str]]:
         if "like" not in own:
             continue
         base = _merged(plan.get("parameters", {}), _resolved(arms, own["like"]))
-        words = [f"taught by {title(own['teacher'])}"] if "teacher" in own else []
+        words = [f"taught by {_text(own['teacher'])}"] if "teacher" in own else []
         if "method" in own:
             words.append(f"method {own['method']}")
         for key, value in own.items():
@@ -173,7 +176,7 @@ def changes(plan: Mapping) -> dict[str, tuple[str, str]]:
                 continue
             before = base.get(key, {}) if isinstance(value, Mapping) else base
             for option, new in (value if isinstance(value, Mapping) else {key: value}).items():
-                old = None if "method" in own else before.get(option, _default(option, _method(base)))
+                old = None if "method" in own else before.get(option, _default(option, base.get("method", "Supervised")))
                 if old != new:
                     words.append(f"{option.replace('_', ' ')} " + (f"{_text(old)} → " if old is not None else "") + _text(new))
         found[arm] = own["like"], ", ".join(words)
@@ -187,15 +190,15 @@ def ablations(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     its own, with 95 % (contrasts = 1). Columns: arm, like, change, n, question ("" where none asks), result
     (`statistics.Contrast` of arm - like, None while replicates are missing) and verdict (only where a question asks).
     """
-    asked = {}
+    questions = {}
     for row in contrasts(frame, plan).itertuples():
-        asked[row.a, row.b] = asked[row.b, row.a] = row
+        questions[row.a, row.b] = questions[row.b, row.a] = row
     rows = []
     for arm, (base, change) in changes(plan).items():
         row = {"arm": arm, "like": base, "change": change, "question": "", "verdict": "", "result": None}
         pairs = _pairs(frame, arm, base, plan)
         row["n"] = len(pairs)
-        if of := asked.get((arm, base)):
+        if of := questions.get((arm, base)):
             row |= {"question": of.question, "verdict": of.verdict, "result": of.result}
             if of.result and of.a != arm:  # the question asks the other way round
                 row |= {"result": _turned(of.result), "verdict": f"{title(of.a)} {of.verdict}"}
@@ -250,7 +253,8 @@ def times(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     if file.exists():
         measured = "from steps on an idle machine"
         speed, epochs = json.loads(file.read_text())["images_per_second"], dict(frame.groupby("arm").epochs.first())
-        epochs = {arm: _merged(plan.get("parameters", {}), _resolved(arms, arm))["recipe"]["epochs"] for arm in arms} | epochs
+        planned = {arm: _merged(plan.get("parameters", {}), _resolved(arms, arm)).get("recipe", {}) for arm in arms}
+        epochs = {arm: recipe["epochs"] for arm, recipe in planned.items() if "epochs" in recipe} | epochs
         seconds = {arm: count / speed[arm] for arm, count in epochs.items() if arm in speed}
 
     def teachers(arm: str) -> float:  # a teacher may have one, too
@@ -309,6 +313,22 @@ def title(arm: str) -> str:
     return " ".join(words.get(word, word) for word in arm.split("_"))
 
 
+@one_sentence
+def check_arms(arms: Sequence[str], frame: pd.DataFrame, plan: Mapping) -> None:
+    """Whether the plan or its runs have all these arms.
+
+    Raises:
+        ValueError: one is unknown; the nearest is suggested.
+    """
+    known = list(plan.get("runs", {}) | dict.fromkeys(frame.arm))
+    for arm in arms:
+        if arm not in known:
+            near = difflib.get_close_matches(arm, known, n=1)
+            raise ValueError(
+                f"no arm {arm!r} here; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+            )
+
+
 def write(table: pd.DataFrame, path: str | Path, note: str) -> None:
     """The table as CSV, Markdown and LaTeX (booktabs) at `path` with these suffixes; `note` says what its numbers are of."""
     path = Path(path)
@@ -359,14 +379,7 @@ def _pairs(frame: pd.DataFrame, a: str, b: str, plan: Mapping) -> pd.DataFrame:
 
 def _scored(path: str, epoch: str) -> Predictions:
     """A run's predictions in the order of ids, without the test images that are in the training part."""
-    run = Run(path)
-    file = path if run._packed is None else str(run.path.parent / "runs.json")
-    return _scored_once(path, epoch, _changed(file))
-
-
-def _changed(file: str) -> int:
-    path = Path(file)
-    return (path if path.suffix else path / "metrics.json").stat().st_mtime_ns
+    return _scored_once(path, epoch, Run(path).file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -425,8 +438,9 @@ def _root(arms: Mapping, arm: str) -> str:
 
 
 def _taught_by(plan: Mapping, arm: str) -> str | None:
-    """The arm that teaches this one."""
-    return _resolved(plan["runs"], arm).get("teacher") if arm in plan.get("runs", {}) else None
+    """The arm that teaches this one; a pretrained network, which a dict names, is none."""
+    teacher = _resolved(plan["runs"], arm).get("teacher") if arm in plan.get("runs", {}) else None
+    return teacher if isinstance(teacher, str) else None
 
 
 def _resolved(arms: Mapping, arm: str) -> dict:
@@ -442,16 +456,11 @@ def _merged(base: Mapping, own: Mapping) -> dict:
     return {**base, **own, **both}
 
 
-def _method(arm: Mapping) -> str:
-    chapters = {"04_hdkd": "HDKD", "05_cskd": "CSKD", "06_dearkd": "DearKD", "07_data_free": "DearKD"}
-    return arm.get("method") or chapters.get(arm.get("notebook"), "Supervised")
-
-
 def _default(option: str, method: str) -> object:
-    """The default of a method's option or of a recipe's field; None where neither has it."""
-    option = runs.OLD_NAMES["method"].get(option, option)
+    """The default of a method's option or of a recipe's field; None where neither has it, or the method is not installed."""
     known = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
-    known |= {key: p.default for key, p in inspect.signature(getattr(methods, method)).parameters.items()}
+    with contextlib.suppress(ValueError):
+        known |= {key: p.default for key, p in inspect.signature(methods.find(method)).parameters.items()}
     value = known.get(option)
     return None if value is inspect.Parameter.empty else value
 

@@ -216,7 +216,7 @@ def test_a_folder_of_another_teacher_is_left_alone(teacher, build, tmp_path):
 
 @given(st.integers(2, 60), st.integers(4, 70), st.sampled_from([4, 8, 84, 256]))
 def test_batches_are_balanced_and_together_hold_every_image_once(classes, per_class, batch_size):
-    plan = inversion._plan(classes, per_class, batch_size)
+    plan = inversion._batches(classes, per_class, batch_size)
     made = [(int(label), number) for labels, numbers in plan for label, number in zip(labels, numbers, strict=True)]
     assert sorted(made) == [(label, number) for label in range(classes) for number in range(per_class)]
     for labels, _ in plan:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+
+from hdkd_lib import experiment, recipes
+from hdkd_lib.data import load
+from hdkd_lib.device import resolve_device
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -39,9 +44,104 @@ class TestNotebook:
 
     def test_has_one_parameter_cell_that_papermill_can_read(self, path):
         [cell] = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
-        assert all(
-            re.fullmatch(r"\w+: (str|int|float|bool|list|dict) = [^#]+  # .+", line) for line in cell.source.splitlines()
-        )
+        lines = cell.source.splitlines()
+        own = [line for line in lines if not line.startswith("# ")]
+        assert all(re.fullmatch(r"\w+: (str|int|float|bool|list|dict) = [^#]+  # .+", line) for line in own)
+        if "02" <= path.stem[:2] <= "07":
+            assert len(own) <= 12, "run.ipynb has every option; a chapter has what it is about"
+            assert sum(line.startswith("# ") for line in lines) == 3, "what is studied, the network or method, the machine"
+
+
+# A chapter is the experiment that run.ipynb makes of the same parameters
+
+SMALL = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+VIT = {"network": "deit_tiny_distilled_patch16_224", "network_options": SMALL}
+SMOKE = str(ROOT / "results" / "published" / "smoke")
+PAIRS = {
+    "02_teacher": ({"probe": True}, {"network": "hdkd_teacher_nano", "options": {"probe": True}}),
+    "03_student": ({"network_options": {"stem_stride": 1}}, {"network_options": {"stem_stride": 1}}),
+    "04_hdkd": (
+        {"alpha": 0.7, "stages": [1, 3]},
+        {"method": "HDKD", "options": {"alpha": 0.7, "feature_weight": 10.0, "stages": [1, 3]}},
+    ),
+    "05_cskd": (
+        VIT | {"schedule": "cos"},
+        VIT | {"method": "CSKD", "options": {"spatial_weight": 1.0, "schedule": "cos"}, "recipe": {"augment": "none"}},
+    ),
+    "06_dearkd": (
+        VIT | {"taps": {"1": 4}},
+        VIT | {"method": "DearKD", "options": {"taps": {"1": 4}, "distill_until": 0.75}, "recipe": {"augment": "none"}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    data, recipe = load("digits", image_size=16), recipes.get("nano", epochs=1)
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    return str(experiment.build(data, "hdkd_teacher_nano", recipe).run(folder, device="cpu").path)
+
+
+def built(name: str, **parameters) -> experiment.Experiment:
+    """The experiment of a notebook, whose cells are executed until it is there."""
+    namespace = {"display": lambda figure: None}
+    for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb"):
+        exec(cell.source, namespace)
+        if "parameters" in cell.metadata.get("tags", []):
+            namespace |= parameters
+        if "experiment" in namespace:
+            return namespace["experiment"]
+    raise AssertionError("no experiment")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_chapter_is_the_run_of_the_same_parameters(name, teacher_dir):
+    own, of_run = PAIRS[name]
+    common = {"image_size": 16, "seed": 3}
+    chapter = built(name, epochs=2, **common, **own, **({"teacher_dir": teacher_dir} if name > "04" else {}))
+    of_run = of_run | {"recipe": {"name": "nano", "epochs": 2} | of_run.get("recipe", {})}
+    run = built("run", **common, **of_run, **({"teacher": {"run_dir": teacher_dir}} if name > "04" else {}))
+    assert chapter.task.describe() == run.task.describe()
+    assert (chapter.recipe, chapter.seed, chapter.data.config) == (run.recipe, run.seed, run.data.config)
+    weights = [one.task.state_dict() for one in (chapter, run)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)  # the teacher's, too
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("04_hdkd", {"epochs": "6"}, r"epochs must be a whole number \(got '6'\)"),
+        ("04_hdkd", {"image_size": 50}, r"hdkd_.* sizes divisible by .*got 50"),
+        ("04_hdkd", {"alpha": 3.0}, r"alpha must be in \[0, 1\]"),
+        ("04_hdkd", {"teacher_dir": "/nowhere"}, "/nowhere is no run folder"),
+        ("04_hdkd", {"stages": [1, 4]}, "stages must be ascending numbers from 1 to 3"),
+        ("05_cskd", {"schedule": "cosine"}, "schedule must be one of linear"),
+        ("05_cskd", {"network": "resnet10t", "network_options": {}}, "CSKD needs a student with patch tokens"),
+        ("06_dearkd", {"taps": {"9": 4}}, "taps name block 9"),
+        ("03_student", {"network": "hdkd_studnet"}, "unknown model 'hdkd_studnet'; did you mean"),
+        ("02_teacher", {"dataset": "digit"}, "digit"),
+        ("02_teacher", {"device": "gpu"}, "device must be 'auto'"),
+        ("07_data_free", {"preset": "tiny"}, "a preset of inversion is one of"),
+        ("07_data_free", {"per_class": 2}, "per_class"),
+        ("run", {"recipe": {"name": "nani"}}, "unknown recipe 'nani'; did you mean 'nano'"),
+        ("run", {"draws": 3, "draw": 3}, "draw"),
+        (
+            "08_ablations",
+            {"results": SMOKE, "arms": ["hdkt"]},
+            "no arm 'hdkt' here; did you mean 'hdkd'",
+        ),
+        ("10_figures", {"results": SMOKE, "arms": ["hdkt"]}, "no arm 'hdkt' here"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_trains_in_one_sentence(name, parameters, message, monkeypatch):
+    def fit(*arguments, device="auto", **options):
+        resolve_device(device)  # as fit does before all else
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr(experiment, "fit", fit)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        built(name, **parameters).run(device=parameters.get("device", "auto"))
+    assert caught.value._render_traceback_() == [f"{caught.type.__name__}: {caught.value}"]
 
 
 def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):

@@ -29,10 +29,10 @@ def test_deits_recipe_is_that_of_its_code():
     }
 
 
-def test_a_notebooks_empty_parameters_keep_the_recipes_values():
-    assert recipes.get("nano", epochs=0, lr=0.0, augment="") == recipes.NANO
-    changed = recipes.get("nano", epochs=3, lr=0.0, augment="none")
-    assert (changed.epochs, changed.lr, changed.augment) == (3, recipes.NANO.lr, "none")
+def test_what_is_not_named_keeps_the_recipes_value():
+    assert recipes.get("nano") == recipes.NANO
+    changed = recipes.get("nano", epochs=3, augment="none")
+    assert asdict(changed) == asdict(recipes.NANO) | {"epochs": 3, "augment": "none"}
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,44 @@ def test_values_out_of_range_are_refused(changes, message):
         Recipe(**({"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 1e-3} | changes))
 
 
-def test_mixing_is_switched_by_a_word():
-    assert (recipes.get("deit").mixup, recipes.get("deit", mixing="none").mixup) == (0.8, 0.0)
-    assert (recipes.get("nano").cutmix, recipes.get("nano", mixing="deit").cutmix) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="mixing must be one of none, deit"):
-        recipes.get("nano", mixing="mixup")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": "6"}, r"epochs must be a whole number \(got '6'\)"),
+        ({"epochs": 6.0}, r"epochs must be a whole number \(got 6\.0\)"),
+        ({"epochs": True}, r"epochs must be a whole number \(got True\)"),
+        ({"lr": "1e-3"}, r"lr must be a number \(got '1e-3'\)"),
+        ({"mixup": False}, r"mixup must be a number \(got False\)"),
+        ({"augment": None}, r"augment must be text \(got None\)"),
+        ({"optimizer": 1}, r"optimizer must be text \(got 1\)"),
+    ],
+)
+def test_values_of_another_type_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        recipes.get("nano", **changes)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Recipe(**({"epochs": 1, "batch_size": 2, "optimizer": "adam", "lr": 1e-3} | changes))
 
 
-def test_zeros_that_can_be_meant_are_kept():
-    changed = recipes.get("deit", mixup=0, warmup_epochs=0, min_lr=0.0, label_smoothing=0.0, weight_decay=0)
+def test_every_given_field_is_taken_as_it_is():
+    changed = recipes.get("deit", mixup=0, warmup_epochs=0, min_lr=0.0, label_smoothing=0.0, weight_decay=0, lr=1)
     assert (changed.mixup, changed.warmup_epochs, changed.min_lr, changed.label_smoothing, changed.weight_decay) == (0,) * 5
-    assert recipes.get("deit", epochs=0, batch_size=0, lr=0.0, augment="", imbalance="") == recipes.get("deit")
+    assert changed.lr == 1
+    for empty, message in (
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"batch_size": 0}, "batch_size >= 2"),
+        ({"lr": 0.0}, "lr > 0"),
+        ({"schedule": ""}, "schedule must be 'constant' or 'cosine' "),
+        ({"augment": ""}, "augment must be one of none, flip_shift"),
+        ({"imbalance": ""}, "imbalance must be one of none, class_weights"),
+        ({"protocol": ""}, "protocol must be 'honest' or 'paper' "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes.get("deit", **empty)
 
 
 def test_an_unknown_field_suggests_the_nearest():
     with pytest.raises(ValueError, match="a recipe has no field 'warmup_epoch'; did you mean 'warmup_epochs'"):
         recipes.get(**{"name": "nano", "warmup_epoch": 5})
+    with pytest.raises(ValueError, match="^a recipe has no field 'mixing'$"):
+        recipes.get("deit", mixing="none")

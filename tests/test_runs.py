@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hdkd_lib import packing, runs, training
+from hdkd_lib import evaluation, methods, metrics, packing, runs
 from hdkd_lib.methods import Supervised
 from hdkd_lib.runs import Run
 
@@ -95,8 +95,8 @@ def test_what_is_no_run_or_not_finished_is_said(tmp_path):
 def test_the_trained_student_comes_back_from_its_folder(which, finished_run, digits):
     student = Run(finished_run.path).student(which)
     assert not student.training
-    probabilities = training.predict(Supervised(student=student), digits.test)
-    measured, expected = training.metrics.classification(probabilities, digits.test.labels), finished_run.metrics[which]["test"]
+    probabilities = evaluation.predict(Supervised(student=student), digits.test)
+    measured, expected = metrics.classification(probabilities, digits.test.labels), finished_run.metrics[which]["test"]
     assert measured.pop("confusion") == expected.pop("confusion")
     assert measured == pytest.approx(expected, abs=1e-5)
     if which == "best":
@@ -174,6 +174,46 @@ def test_names_of_older_runs_are_read_as_todays(tmp_path):
     assert config["recipe"] == {"aug_repeats": 3}
     assert Run.create(tmp_path, config).path == tmp_path, "it is the same run: nothing was set aside"
     assert json.loads((tmp_path / "config.json").read_text()) == old
+
+
+@pytest.mark.parametrize(
+    ("gone", "kept"),
+    [
+        ({"stage_exponent": 1.0, "projection": False}, {}),
+        ({"stage_exponent": 1, "projection": False}, {}),
+        ({"stage_exponent": 2.0, "projection": True}, {"stage_exponent": 2.0, "projection": True}),
+        ({"stage_exponent": 0.0, "projection": False}, {"stage_exponent": 0.0}),
+    ],
+)
+def test_options_that_are_no_more_are_dropped_where_they_had_the_only_value_that_is_left(gone, kept, tmp_path):
+    own = {"name": "HDKD", "alpha": 0.5, "student": {"name": "hdkd_student_nano"}, "teacher": {"name": "hdkd_teacher_nano"}}
+    old = CONFIG | {"method": own | gone}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert Run(tmp_path).config == runs.read_config(tmp_path / "config.json") == CONFIG | {"method": own | kept}
+    assert Run.create(tmp_path, CONFIG | {"method": own | kept}).path == tmp_path
+    assert not tmp_path.with_name(f"{tmp_path.name}~{runs.config_hash(CONFIG | {'method': own | kept})}").exists()
+    assert json.loads((tmp_path / "config.json").read_text()) == old, "the same run: nothing was set aside or written anew"
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"name": "Supervised", "student": {}}, {"name": "Supervised", "student": {}, "probe": False}),
+        ({"name": "Supervised", "probe": True}, {"name": "Supervised", "probe": True}),
+        ({"name": "DeiT", "student": {}}, {"name": "DeiT", "student": {}}),
+    ],
+)
+def test_an_older_run_alone_trained_all_of_its_network(method, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"method": method}))
+    assert Run(tmp_path).config == runs.read_config(tmp_path / "config.json") == CONFIG | {"method": expected}
+
+
+def test_configurations_of_today_are_read_as_they_are_written(finished_run):
+    written = json.loads((finished_run.path / "config.json").read_text())
+    assert runs.read_config(finished_run.path / "config.json") == written
+    assert not runs.GONE.keys() & written["method"].keys()
+    for name, added in runs.NEW.items():
+        assert added.keys() <= set(methods.find(name).options())
 
 
 def test_arm_and_replicate_are_those_of_job_json_where_there_is_one(copied, tmp_path):

@@ -17,11 +17,11 @@ import study
 from hdkd_lib import runs, statistics, tables
 
 TINY = """
-parameters: {dataset: digits, image_size: 16, recipe: nano, fraction: 0.05, epochs: 1}
+parameters: {dataset: digits, image_size: 16, fraction: 0.05, recipe: {name: nano, epochs: 1}}
 replicates: [{seed: 0}]
 runs:
-  teacher: {notebook: 02_teacher, parameters: {network: hdkd_teacher_nano}}
-  student: {notebook: 03_student, parameters: {network: hdkd_student_nano}}
+  teacher: {network: hdkd_teacher_nano}
+  student: {network: hdkd_student_nano}
 """
 
 
@@ -57,39 +57,58 @@ def test_a_run_gets_the_teacher_of_its_own_replicate():
     assert hdkd["needs"] == ["teacher-seed2-fold2"]
     folder = Path("plan")
     own, teachers = (study.paths(name, jobs[name], folder) for name in ("hdkd-seed2-fold2", "teacher-seed2-fold2"))
-    assert own == {"run_dir": str(folder / "hdkd-seed2-fold2"), "teacher_dir": teachers["run_dir"]}
+    of_teacher = {"epoch": "best", "run_dir": teachers["run_dir"]}
+    assert own == {"run_dir": str(folder / "hdkd-seed2-fold2"), "teacher": of_teacher}
     assert (hdkd["parameters"]["seed"], hdkd["parameters"]["fold"]) == (2, 2)
 
 
+def test_a_chapter_gets_the_folder_of_its_teacher():
+    jobs = study.expand("smoke")["jobs"]
+    assert (jobs["hdkd-seed1"]["notebook"], jobs["hdkd-seed1"]["needs"]) == ("04_hdkd", ["teacher-seed1"])
+    own = study.paths("hdkd-seed1", jobs["hdkd-seed1"], Path("plan"))
+    assert own == {"run_dir": str(Path("plan") / "hdkd-seed1"), "teacher_dir": str(Path("plan") / "teacher-seed1")}
+
+
+def test_a_pretrained_network_can_teach(plan):
+    content = TINY + "  deit: {network: resnet10t, method: DeiT, teacher: {network: resnet18}}"
+    job = study.expand(plan(content))["jobs"]["deit-seed0"]
+    assert (job["needs"], job["parameters"]["teacher"]) == ([], {"network": "resnet18"})
+    assert "teacher" in study.paths("deit-seed0", job, Path("plan")) | job["parameters"]
+
+
 def test_plans_are_read_as_yaml_1_2(plan):
-    jobs = study.expand(plan(TINY.replace("epochs: 1", "lr: 1e-3, protocol: no")))["jobs"]
-    assert jobs["student-seed0"]["parameters"]["lr"] == 1e-3
+    jobs = study.expand(plan(TINY.replace("epochs: 1}", "lr: 1e-3}, protocol: no")))["jobs"]
+    assert jobs["student-seed0"]["parameters"]["recipe"]["lr"] == 1e-3
     assert jobs["student-seed0"]["parameters"]["protocol"] == "no"
 
 
 def test_a_plan_that_extends_another_differs_in_what_it_says_alone(plan):
-    plan(TINY.replace("runs:", "notebooks: {03_student: {network: hdkd_student, epochs: 2}}\nruns:"), "base")
-    larger = "extends: base\nparameters: {image_size: 64}\nnotebooks: {03_student: {network: vit_tiny_patch16_224}}\nthreads: 2"
-    larger += "\nruns: {resnet: {notebook: 02_teacher}}\nreports: [09_tables]"
+    plan(TINY, "base")
+    larger = "extends: base\nparameters: {image_size: 64}\nthreads: 2\nruns: {resnet: {network: resnet10t}}\n"
+    larger += "reports: {09_tables: {features: resnet18}}"
     base, own = study.expand("base"), study.expand(plan(larger))
     assert own["threads"] == 2
     assert own["jobs"].keys() == {"teacher-seed0", "student-seed0", "resnet-seed0", "tables"}
+    assert own["jobs"]["tables"]["parameters"] == {"features": "resnet18"}
     student = base["jobs"]["student-seed0"]["parameters"]
-    assert (student["network"], student["epochs"]) == ("hdkd_student_nano", 2)  # a run's own parameters come last
     assert own["jobs"]["student-seed0"]["parameters"] == student | {"image_size": 64}
-    assert "network" not in own["jobs"]["resnet-seed0"]["parameters"]
+    assert own["jobs"]["resnet-seed0"]["parameters"]["network"] == "resnet10t"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("epochs: 1", "epoch: 1"), "unknown parameter of 02_teacher.ipynb .*'epoch'; did you mean 'epochs'"),
-        (("02_teacher", "02_techer"), "unknown notebook of teacher-seed0 '02_techer'; did you mean '02_teacher'"),
+        (("fraction: 0.05", "fractoin: 0.05"), "unknown parameter of run.ipynb .*'fractoin'; did you mean 'fraction'"),
+        (("image_size: 16", "image_size: '16'"), r"image_size of run teacher-seed0 must be a whole number \(got '16'\)"),
+        (("recipe: {name: nano, epochs: 1}", "recipe: nano"), r"recipe of run teacher-seed0 must be a dict \(got 'nano'\)"),
+        (("epochs: 1", "epochs: '1'"), r"arm teacher in tiny.yaml: epochs must be a whole number \(got '1'\)"),
+        (("{network: hdkd_t", "{notebook: 02_techer, network: hdkd_t"), "unknown notebook .* did you mean '02_teacher'"),
+        (("{network: hdkd_s", "{synthesis: {per_clas: 3}, network: hdkd_s"), "an inversion has no setting 'per_clas'"),
         (("runs:", "run:"), "unknown key in tiny.yaml 'run'; did you mean 'runs'"),
-        (
-            ("{notebook: 03_student", "{teacher: techer, notebook: 03_student"),
-            "unknown teacher of run student .* did you mean 'teacher'",
-        ),
+        (("{network: hdkd_s", "{teacher: techer, network: hdkd_s"), "unknown teacher of run student .* did you mean 'teacher'"),
+        (("runs:", "epoch: last\nruns:\n  hdkd: {notebook: 04_hdkd, teacher: teacher}"), "teaches by its best epoch"),
+        (("{network: hdkd_s", "{parameters: {}, network: hdkd_s"), "tiny.yaml is of the old form: an arm's .*arm student"),
+        (("runs:", "notebooks: {}\nruns:"), "is of the old form: .*key notebooks"),
     ],
 )
 def test_a_mistake_in_a_plan_is_refused_before_anything_runs(plan, change, message):
@@ -123,7 +142,7 @@ def test_publishing_an_unfinished_plan_names_what_is_missing(plan):
 def timed(plan, tmp_path, monkeypatch):
     """`timed(seconds)`: prints how long three teachers and three students take on 5 cores, as `seconds` estimates each."""
     own = "replicates: [{seed: 0}, {seed: 1}, {seed: 2}]\nthreads: 2\nextends: tiny\n"
-    own += "runs: {student: {notebook: 04_hdkd, teacher: teacher, parameters: {network: hdkd_student_nano}}}"
+    own += "runs: {student: {network: hdkd_student_nano, method: DeiT, teacher: teacher}}"
     plan(TINY)
 
     def timed(seconds):
@@ -139,21 +158,22 @@ def timed(plan, tmp_path, monkeypatch):
 def test_a_dry_run_adds_up_the_time_of_what_is_not_finished(timed, tmp_path, capsys):
     (tmp_path / "teacher-seed1").mkdir()
     (tmp_path / "teacher-seed1" / "metrics.json").touch()
-    asked = []
-    timed(lambda own, teacher: asked.append((own, teacher)) or 3600 / (1 if teacher is None else 6))
+    requests = []
+    timed(lambda own, teacher: requests.append((own, teacher)) or (3600 if teacher is None else 600 * (1 + own["seed"])))
     assert capsys.readouterr().out.split("\n")[1:] == [
         "run      to run  time of each, with 2 threads",
         "teacher       2  1.0 h",
-        "student       3  10 min",
-        "in all about 1.2 h on 5 cores, 2 runs side by side",  # (2 * 60 + 3 * 10) / 2 minutes
+        "student       3  10 min to 30 min",
+        "in all about 1.5 h on 5 cores, 2 runs side by side",  # (2 * 60 + 10 + 20 + 30) / 2 minutes
         "",
         "",
     ]
-    (teacher, none), (student, its_teacher) = asked
+    (teacher, none), *_, (student, its_teacher) = requests
+    assert len(requests) == 5, "each run that is missing, and no other"
     assert none is None
-    assert its_teacher == teacher
-    assert (teacher["network"], student["network"]) == ("hdkd_teacher_nano", "hdkd_student_nano")
-    assert (student["epochs"], student["stages"], student["alpha"]) == (1, [1, 2, 3], 0.5)  # the last two by default
+    assert its_teacher["network"] == teacher["network"] == "hdkd_teacher_nano"
+    assert (student["network"], student["method"], student["seed"]) == ("hdkd_student_nano", "DeiT", 2)
+    assert (student["protocol"], student["recipe"]) == ("grouped", {"name": "nano", "epochs": 1})  # the first by default
 
 
 def test_a_dry_run_without_the_data_says_so(timed, capsys):
@@ -377,7 +397,7 @@ def test_questions_that_change_after_runs_are_counted(plan, tmp_path):
 def test_a_plan_file_of_an_older_form_is_read_as_the_same_questions(plan, tmp_path):
     expanded = study.expand(plan(ARMS))
     finished(tmp_path, "student-draw0-seed0")
-    (tmp_path / "plan.json").write_text(json.dumps({"asked": study._asked(expanded["content"])}))
+    (tmp_path / "plan.json").write_text(json.dumps({"asked": study._questions(expanded["content"])}))
     study._note_changed_questions(expanded, tmp_path)
     content = json.loads((tmp_path / "plan.json").read_text())
     assert "questions_changed_after" not in content

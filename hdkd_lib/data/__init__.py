@@ -13,6 +13,7 @@ from hdkd_lib.data.batches import Files, Part, Rows
 from hdkd_lib.data.cache import Signatures, decode, remembered
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE, group_images, split
+from hdkd_lib.parameters import one_sentence
 
 if TYPE_CHECKING:  # `load` imports it when needed: it is a program too, which must not be imported before it runs
     from hdkd_lib.data.leakage import Audit
@@ -78,6 +79,7 @@ def _join(a: Part, b: Part) -> Part:
     return Part(images, torch.cat([a.labels, b.labels]), a.ids + b.ids, np.concatenate([a.groups, b.groups]))
 
 
+@one_sentence
 def load(
     name: str,
     root: str | Path | None = None,

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from hdkd_lib import models
+from hdkd_lib.device import autocast
 from hdkd_lib.methods import CSKD, DeiT
 from hdkd_lib.methods.cskd import spatial_loss
-from hdkd_lib.training import autocast
 
 
 def main() -> None:

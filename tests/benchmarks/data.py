@@ -25,8 +25,8 @@ from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.batches import Part, Preprocess, batches
 from hdkd_lib.data.cache import decode
 from hdkd_lib.data.sources import open_source
+from hdkd_lib.device import autocast, resolve_device, resolve_precision
 from hdkd_lib.methods import HDKD
-from hdkd_lib.training import autocast, resolve_device, resolve_precision
 
 
 def photographs(folder: Path, count: int) -> None:

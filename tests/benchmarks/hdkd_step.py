@@ -21,9 +21,9 @@ import timing
 import torch
 
 from hdkd_lib import models
+from hdkd_lib.device import autocast, resolve_device, resolve_precision
 from hdkd_lib.methods import HDKD
 from hdkd_lib.models.official import convert_official_state_dict
-from hdkd_lib.training import autocast, resolve_device, resolve_precision
 
 
 def official(path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hdkd_lib import runs
-from hdkd_lib.training import autocast, resolve_device, resolve_precision
+from hdkd_lib.device import autocast, resolve_device, resolve_precision
 
 
 def options(description: str, *positional: str) -> argparse.Namespace:

@@ -186,7 +186,7 @@ def test_the_summary_counts_images_and_pictures(planted):
     without = audit(planted[0], **planted[1] | {"parts": None})
     assert without.summary == dict(list(found.summary.items())[:5])
     assert not without.pairs.is_crossing.any()
-    assert np.array_equal(without.pictures, found.duplicate_groups)
+    assert np.array_equal(without.duplicate_groups, found.duplicate_groups)
 
 
 def test_a_chain_of_near_duplicates_is_one_picture():

@@ -117,7 +117,7 @@ def test_the_card_counts_what_leaks(image_folder):
         "exact_copies": 6,
         "near_duplicate_pairs": 0,
         "distinct_images": 34,
-        "pictures_with_two_labels": 1,
+        "duplicates_with_two_labels": 1,
         "groups": 34,
         "test_images": 20,
         "test_images_with_exact_duplicate_in_train": 6,

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hdkd_lib import models
 from hdkd_lib.methods import CSKD, HDKD, DearKD, DeiT, Supervised
-from hdkd_lib.methods.base import Teacher
+from hdkd_lib.methods.teacher import Teacher
 
 
 def test_training_leaves_the_teacher_bitwise_as_it_was(make_task, batch):
@@ -68,8 +68,8 @@ def test_a_description_is_plain_and_tells_settings_student_and_teacher(build):
     task = HDKD(student=build(), teacher=build("hdkd_teacher_nano"), alpha=0.25, stages=(1, 2))
     description = json.loads(json.dumps(task.describe()))
     assert description == {
-        **{"name": "HDKD", "distill_type": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0, "stage_exponent": 1.0},
-        **{"reduction": "classes", "stages": [1, 2], "stage_weighting": "index", "prediction": 0.5, "projection": False},
+        **{"name": "HDKD", "distill_type": "soft", "alpha": 0.25, "tau": 1.0, "feature_weight": 10.0},
+        **{"reduction": "classes", "stages": [1, 2], "stage_weighting": "index", "prediction": 0.5},
         "distill_until": 1.0,
         "student": {"name": "hdkd_student_distilled_nano", "num_classes": 10, "img_size": 16},
         "teacher": {"name": "hdkd_teacher_nano", "num_classes": 10, "img_size": 16},

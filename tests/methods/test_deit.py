@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from hdkd_lib.methods import DeiT
-from hdkd_lib.methods.base import Teacher
+from hdkd_lib.methods.teacher import Teacher
 from hdkd_lib.training import fit
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

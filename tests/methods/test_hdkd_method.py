@@ -50,7 +50,7 @@ def test_every_stage_of_both_networks_runs_once_a_step(networks, batch):
 
 def test_the_terms_add_up_as_the_paper_says(networks, batch):
     images, labels = batch
-    task = HDKD(**networks, distill_type="hard", alpha=0.3, feature_weight=2.5, stages=(2, 3), stage_exponent=2).eval()
+    task = HDKD(**networks, distill_type="hard", alpha=0.3, feature_weight=2.5, stages=(2, 3)).eval()
     result = task(images, labels)
     tokens, maps = networks["student"].forward_intermediates(images, [1, 2])
     features, teacher_maps = networks["teacher"].forward_intermediates(images, [1, 2])
@@ -59,10 +59,11 @@ def test_the_terms_add_up_as_the_paper_says(networks, batch):
     logit_loss = 0.7 * F.cross_entropy(class_logits, labels) + 0.3 * F.cross_entropy(distillation_logits, decisions)
     mse = [(t - s).square().mean() for t, s in zip(teacher_maps, maps, strict=True)]
     assert_close(result["logit_loss"], logit_loss)
-    assert_close(result["feature_loss"], mse[0] + 4 * mse[1])
-    assert_close(result["loss"], logit_loss + 2.5 * (mse[0] + 4 * mse[1]))
+    assert_close(result["feature_loss"], mse[0] + 2 * mse[1])
+    assert_close(result["loss"], logit_loss + 2.5 * (mse[0] + 2 * mse[1]))
     assert_close(result["output"], (class_logits + distillation_logits) / 2)
     assert feature_loss([], []) == 0
+    assert_close(feature_loss(teacher_maps, maps, (2, 3)), 2 * mse[0] + 3 * mse[1])
     with pytest.raises(ValueError, match="zip"):
         feature_loss(teacher_maps, maps[:1])
 
@@ -133,9 +134,9 @@ def test_arguments_out_of_range_are_refused(settings, message, networks):
 def test_networks_that_do_not_fit_each_other_are_refused(build, networks):
     with pytest.raises(ValueError, match=r"HDKD needs a student such as hdkd_student_distilled \(got ResNet\)"):
         HDKD(student=build("test_resnet"), teacher=networks["teacher"])
-    with pytest.raises(ValueError, match="stage 3 has 48 channels at stride 8 in the student and 40 at stride 8 in"):
+    with pytest.raises(ValueError, match="stage 3 has 48 channels at stride 8 in the student and 40 channels at stride 8 in"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", widths=(16, 24, 40)))
-    with pytest.raises(ValueError, match="stage 1 has 16 channels at stride 2 in the student and 16 at stride 4 in"):
+    with pytest.raises(ValueError, match="stage 1 has 16 channels at stride 2 in the student and 16 channels at stride 4 in"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", stem_stride=4, img_size=32))
     with pytest.raises(ValueError, match="the teacher has 4 classes and the student 10"):
         HDKD(student=networks["student"], teacher=build("hdkd_teacher_nano", num_classes=4))
@@ -144,9 +145,9 @@ def test_networks_that_do_not_fit_each_other_are_refused(build, networks):
 # Variants
 
 
-@pytest.mark.parametrize(("weighting", "weights"), [("index", (1, 4)), ("number", (4, 9))])
+@pytest.mark.parametrize(("weighting", "weights"), [("index", (1, 2)), ("number", (2, 3))])
 def test_chosen_stages_are_weighted_by_their_index_or_their_number(weighting, weights, networks, batch):
-    task = HDKD(**networks, stages=(2, 3), stage_exponent=2, stage_weighting=weighting).eval()
+    task = HDKD(**networks, stages=(2, 3), stage_weighting=weighting).eval()
     ours, teachers = (net.forward_intermediates(batch[0], [1, 2])[1] for net in (task.student, task.teacher.network))
     mse = [(t - s).square().mean() for t, s in zip(teachers, ours, strict=True)]
     assert_close(task(*batch)["feature_loss"], weights[0] * mse[0] + weights[1] * mse[1])
@@ -189,46 +190,33 @@ def test_without_alpha_features_alone_are_distilled(networks, batch):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "settings", "message"),
+    ("teacher", "stages", "shapes"),
     [
-        ("resnet18", {}, "stage 1 has 16 channels at stride 2 in the student and 64 at stride 2 in"),
-        ("resnet18", {"stages": (3,)}, "stage 3 has 48 channels at stride 8 in the student and 128 at stride 8 in"),
-        ("test_convnext", {"stages": (2,)}, "stage 2 has 24 channels at stride 4 in the student and 32 at stride 8 in"),
+        (
+            "resnet18",
+            (1, 2, 3),
+            "stage 1 has 16 channels at stride 2 in the student and 64 channels at stride 2 in the teacher",
+        ),
+        ("resnet18", (3,), "stage 3 has 48 channels at stride 8 in the student and 128 channels at stride 8 in the teacher"),
         (
             "test_convnext",
-            {"projection": True},
-            "stage 1 has 16 channels at stride 2 in the student and 24 at stride 4 in the teacher; take a teacher with the "
-            "student's stages, or pass projection=True for one that has stride 2 (it has 4, 8, 16, 32)",
+            (2,),
+            "stage 2 has 24 channels at stride 4 in the student and 32 channels at stride 8 in the teacher",
         ),
     ],
 )
-def test_stages_of_other_shapes_are_refused_with_both_and_the_strides_that_the_teacher_has(
-    teacher, settings, message, build, networks
-):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        HDKD(student=networks["student"], teacher=build(teacher), **settings)
+def test_stages_of_other_shapes_are_refused_with_both(teacher, stages, shapes, build, networks):
+    message = f"{shapes}; take a teacher with the student's stages, such as hdkd_teacher"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        HDKD(student=networks["student"], teacher=build(teacher), stages=stages)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "stages", "indices", "shapes"),
-    [
-        ("resnet18", (1, 2, 3), [0, 1, 2], {"projection1": (64, 16), "projection2": (64, 24), "projection3": (128, 48)}),
-        ("test_resnet", (1, 2, 3), [0, 1, 2], {"projection1": (32, 16), "projection2": (32, 24)}),  # its third has 48 itself
-        ("test_convnext", (2, 3), [0, 1], {"projection3": (32, 48)}),  # its first has stride 4 and 24 channels
-    ],
-)
-def test_projections_stand_where_widths_differ_at_equal_strides(teacher, stages, indices, shapes, build, batch):
-    task = HDKD(student=build(img_size=32), teacher=build(teacher, seed=7), stages=stages, projection=True).eval()
-    images = F.interpolate(batch[0], scale_factor=2)
-    assert {name: tuple(p.weight.shape[:2]) for name, p in task.auxiliary.items()} == shapes
-    maps = task.student.forward_intermediates(images, [stage - 1 for stage in stages])[1]
-    projected = [task.auxiliary[n](m) if (n := f"projection{s}") in shapes else m for s, m in zip(stages, maps, strict=True)]
-    result = task(images, batch[1])
-    theirs = task.teacher(images, indices)[1]
-    assert_close(result["feature_loss"], feature_loss(theirs, projected))
-    result["loss"].backward()
-    assert all(p.grad.any() for p in task.auxiliary.parameters())
-    assert not HDKD(student=build(), teacher=build("hdkd_teacher_nano"), projection=True).auxiliary
+def test_stages_that_the_teacher_does_not_have_are_refused(build, networks):
+    teacher = build("hdkd_teacher_nano")
+    teacher.feature_info = teacher.feature_info[:2]
+    with pytest.raises(ValueError, match="stage 3 has 48 channels at stride 8 in the student and 0 channels at stride 0 in"):
+        HDKD(student=networks["student"], teacher=teacher)
+    assert HDKD(student=networks["student"], teacher=teacher, stages=(1, 2)).stages == (1, 2)
 
 
 @pytest.mark.parametrize(

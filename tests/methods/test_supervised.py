@@ -37,7 +37,7 @@ def test_a_probe_sees_what_evaluation_sees():
     assert_close(task(images, torch.arange(4))["output"], task.eval().predict(images))
 
 
-def test_a_probe_is_part_of_the_description_and_training_all_needs_no_word():
+def test_whether_it_probes_is_part_of_the_description():
     model = models.create("hdkd_teacher_nano", num_classes=4)
-    assert "probe" not in Supervised(student=model).describe()
+    assert Supervised(student=model).describe()["probe"] is False
     assert Supervised(student=model, probe=True).describe()["probe"] is True
