@@ -79,6 +79,7 @@ def time_of(experiment: Experiment, *, device: str = "auto", precision: str = "a
         recipe = replace(recipe, batch_size=min(recipe.batch_size, CPU_BATCH))
     training = Training(task, experiment.data, recipe, None, 0, device, precision)
     inputs, (optimizer, _) = Inputs(training), make_optimizer(task, recipe)
+    task.is_fresh = False  # a few steps move its student
     until = task.distill_until if isinstance(task, Distillation) else 1.0
     size = min(recipe.batch_size, len(inputs))
     stream = itertools.chain.from_iterable(map(inputs.epoch, itertools.count()))

@@ -64,8 +64,8 @@ def find_teacher(teacher: Mapping, data: Data) -> nn.Module | None:
     Raises:
         ValueError, FileNotFoundError: there is no such run, network or file, or it does not fit the data.
     """
-    keys = [key for key in ("run_dir", "epoch", "network", "weights") if key in teacher]
-    if len(keys) < len(teacher) or (teacher and ("run_dir" in keys) == ("network" in keys)):
+    forms = {"run_dir": {"run_dir", "epoch"}, "network": {"network", "weights"}}
+    if teacher and not any(key in teacher and teacher.keys() <= form for key, form in forms.items()):
         raise ValueError(f"teacher must have run_dir (and epoch), or network (and weights) (got {dict(teacher)})")
     if "run_dir" in teacher:
         return Run(teacher["run_dir"]).student(teacher.get("epoch", "best"))

@@ -12,7 +12,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from IPython import get_ipython
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -57,9 +56,23 @@ def styles(arms: Sequence[str]) -> dict[str, dict]:
 
 def set_style() -> None:
     """The study's style; call once at the top of a notebook."""
-    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.9)
+    plt.style.use(["seaborn-v0_8-whitegrid", "seaborn-v0_8-notebook"])
     plt.rcParams.update(
         {
+            "axes.prop_cycle": plt.cycler(color=PALETTE),
+            **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "legend.title_fontsize"), 10.8),
+            **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 9.9),
+            "figure.figsize": (6.4, 4.8),
+            "axes.linewidth": 1.25,
+            "legend.frameon": True,
+            "lines.linewidth": 1.5,
+            "lines.markersize": 6.0,
+            "lines.markeredgewidth": 1.0,
+            "patch.edgecolor": "white",
+            "patch.force_edgecolor": True,
+            "patch.linewidth": 1.0,
+            **dict.fromkeys(("xtick.bottom", "ytick.left"), False),
+            **dict.fromkeys(("xtick.major.pad", "ytick.major.pad"), 3.5),
             "figure.dpi": 80,
             "savefig.dpi": 200,
             "figure.constrained_layout.use": True,
@@ -108,6 +121,8 @@ def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_cl
 
 def image_grid(rows: Mapping[str, Tensor]) -> Figure:
     """One row of images per entry, (N, 3, S, S) uint8 or float in [0, 1]."""
+    import seaborn as sns  # takes seconds
+
     count = max(len(images) for images in rows.values())
     figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
@@ -146,6 +161,8 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
 
 def leakage_gain(scores: pd.DataFrame) -> Figure:
     """Scores of `leakage.leakage_gain` by protocol: every fold, and the mean with its 95 % interval."""
+    import seaborn as sns  # takes seconds
+
     names = list(scores.classifier.unique())
     figure, axes = _subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -224,6 +241,8 @@ def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, fl
 
 def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     """Images per class in each part of a split; `parts` holds label tensors."""
+    import seaborn as sns  # takes seconds
+
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
     figure, axis = _subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
     sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
@@ -271,6 +290,8 @@ def loss_terms(history: pd.DataFrame, terms: Mapping[str, str], yscale: str = "l
 
 def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> Figure:
     """Feature agreement with the teacher (linear CKA) per stage, one group of bars per stage."""
+    import seaborn as sns  # takes seconds
+
     rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
     figure, axis = _subplots(figsize=(5.5, 3))
     colors = {name: style["color"] for name, style in styles(list(scores)).items()}
@@ -515,6 +536,8 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
 
     More than 12 classes are drawn without numbers, and more than 30 without names.
     """
+    import seaborn as sns  # takes seconds
+
     is_few = len(classes) <= 12
     names = [str(name).replace("_", "\n") for name in classes] if len(classes) <= 30 else False
     columns = min(3, len(matrices)) if len(classes) <= 12 else min(2, len(matrices))

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchmetrics.functional.classification as M
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def classification(probabilities: Tensor, labels: Tensor) -> dict:
@@ -17,6 +15,8 @@ def classification(probabilities: Tensor, labels: Tensor) -> dict:
     calibration error of the top class, 15 bins, Guo et al. 2017); nll (cross-entropy); confusion (C x C counts, rows are true
     classes).
     """
+    import torchmetrics.functional.classification as M  # takes seconds
+
     C = probabilities.shape[1]
     scores = {
         "accuracy": M.multiclass_accuracy(probabilities, labels, C, average="micro"),
@@ -138,6 +138,8 @@ def precision_recall(real: Tensor, synthetic: Tensor, neighbours: int = 3) -> tu
 
 def frechet_distance(real: Tensor, synthetic: Tensor) -> float:
     """Squared Frechet distance of Gaussians fitted to features (N, D) and (M, D): the FID, in the teacher's features."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     given = nn.Identity()
     given.num_features = real.shape[1]
     metric = FrechetInceptionDistance(feature=given)

@@ -45,7 +45,7 @@ def one_sentence(function: Callable) -> Callable:
             return function(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            if frame.f_globals.get("__name__", "").startswith("hdkd_lib"):
+            if frame.f_globals.get("__name__", "").split(".")[0] == "hdkd_lib":
                 sentence = f"{type(error).__name__}: {error}"
                 error._render_traceback_ = lambda: [sentence]  # IPython's protocol
             raise

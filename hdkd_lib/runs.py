@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hdkd_lib import models
+from hdkd_lib import metrics, models
 from hdkd_lib.metrics import Predictions
 from hdkd_lib.parameters import one_sentence
 
@@ -325,6 +325,28 @@ def load(folder: str | Path) -> pd.DataFrame:
         key=lambda c: c != "Supervised" if c.name == "method" else c,
         ignore_index=True,
     )
+
+
+def remeasure(folder: str | Path) -> int:
+    """Measures the predictions of all finished runs in `folder` again, when `metrics.classification` has changed.
+
+    The test metrics in their metrics.json are written anew; those of validation, whose predictions are not kept, stay. Gives
+    the number of runs.
+
+    Raises:
+        FileNotFoundError: no finished run is there; published runs keep too little of most predictions to be measured again.
+    """
+    found = sorted(path.parent for path in Path(folder).glob("*/metrics.json") if "~" not in path.parent.name)
+    if not found:
+        raise FileNotFoundError(f"no finished run in {folder}; give a plan's folder in results/runs")
+    for run in map(Run, found):
+        measured = run.metrics
+        for epoch in PREDICTIONS:
+            of = run.predictions(epoch)
+            scores = metrics.classification(torch.tensor(of.probabilities).float(), torch.tensor(of.labels))
+            measured[epoch]["test"] = scores
+        write_json(run.path / "metrics.json", measured)
+    return len(found)
 
 
 def _check_published(manifest: Path) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 POWER = 0.8  # chance of finding a difference that a design should be able to find
 ALPHA = 0.05
@@ -95,6 +94,8 @@ class Contrast(Interval):
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Mean and Student's t interval of independent values (runs)."""
+    from scipy import stats  # takes seconds
+
     values = np.asarray(values, float)
     if len(values) < 2:
         return Interval(values.mean().item(), math.nan, len(values))
@@ -162,6 +163,8 @@ def contrast(differences: Sequence[float], variance: Variance | None, smallest: 
         smallest: the smallest difference that matters, as a fraction (.02 is two points).
         contrasts: how many the question has.
     """
+    from scipy import stats  # takes seconds
+
     differences = np.asarray(differences, float)
     mean, n, each = differences.mean().item(), len(differences), tuple(differences.tolist())
     opposite = int((differences * mean < 0).sum())
@@ -199,6 +202,8 @@ def power(sd: float, n: int, difference: float, *, contrasts: int = 1, shared: f
     Raises:
         ValueError: n < 2, which gives no interval.
     """
+    from scipy import stats  # takes seconds
+
     if n < 2:
         raise ValueError(f"{n} replicates give no interval; take two or more")
     value = sd**2 / n + shared

@@ -199,7 +199,7 @@ def train_epoch(
             for name, term in result.items():
                 if name != "output":
                     totals[name] += term.detach().float() * len(label)
-        bar.update(len(label))
+        bar.update(len(label) * distributed.rank_and_count()[1])
     seen = distributed.sum_over_processes(totals, seen)
     return {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
 

@@ -259,7 +259,7 @@ def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides
     assert empty.axes[0].texts[0].get_text() == "no duplicates found"
 
 
-def test_optimism_has_a_panel_per_classifier_and_a_mean_per_protocol():
+def test_leakage_gain_has_a_panel_per_classifier_and_a_mean_per_protocol():
     rows = [(p, c, 0.1 * n + f / 100) for n, p in enumerate(["random", "grouped"]) for c in ("knn", "lr") for f in range(5)]
     scores = pd.DataFrame(rows, columns=["protocol", "classifier", "balanced_accuracy"])
     figure = figures.leakage_gain(scores)

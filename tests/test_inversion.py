@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -231,6 +232,109 @@ def test_presets_are_the_published_settings():
     assert imagenet.stages == ((0.5, 2000), (1.0, 1000))
     assert (imagenet.batchnorm, imagenet.first, imagenet.tv, imagenet.l2) == (0.01, 10.0, 1e-4, 1e-5)
     assert (cifar.batch_size, cifar.lr, cifar.batchnorm, cifar.tv, cifar.jitter) == (256, 0.05, 10.0, 2.5e-5, 2)
+
+
+def test_settings_are_those_of_a_preset_with_some_changed():
+    assert inversion.settings() == PRESETS["small"]
+    assert inversion.settings("cifar", divergence=0.0, lr=0.1) == replace(PRESETS["cifar"], divergence=0.0, lr=0.1)
+    assert inversion.settings(preset="imagenet", stages=[[1.0, 5]]).stages[0] == [1.0, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "tiny"}, r"^a preset of inversion is one of cifar, imagenet, small \(got 'tiny'\)$"),
+        ({"divergense": 0.0}, "^an inversion has no setting 'divergense'; did you mean 'divergence'"),
+        ({"xyz": 0.0}, "^an inversion has no setting 'xyz'$"),
+        ({"lr": 0.0}, "an inversion needs batch_size >= 4, lr > 0"),
+    ],
+)
+def test_unknown_presets_and_settings_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        inversion.settings(**given)
+
+
+# Training without data
+
+OF_DIGITS = {"stages": ((1.0, 2),), "warmup": 0, "batch_size": 40}  # changes of the preset small
+ON_CPU = {"device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture
+def of_digits(build):
+    return build("hdkd_teacher_nano", seed=7).eval()
+
+
+def test_training_and_validation_images_are_made_and_the_test_part_stays_real(of_digits, digits, tmp_path):
+    made = inversion.replace_training(digits, of_digits, per_class=5, folder=tmp_path, **OF_DIGITS, **ON_CPU)
+    assert made.test is digits.test
+    assert made.classes == digits.classes
+    assert len(made.train) + len(made.val) == 50
+    assert (torch.cat([made.train.labels, made.val.labels]).bincount() == 5).all()
+    assert not {*made.train.ids, *made.val.ids} & {*digits.train.ids, *digits.val.ids, *digits.test.ids}
+    [folder] = [path for path in tmp_path.iterdir() if path.is_dir()]
+    images = {tuple(part.images[i : i + 1].flatten().tolist()) for part in (made.train, made.val) for i in range(len(part))}
+    written = [np.array(Image.open(path)).transpose(2, 0, 1) for path in folder.glob("*/*.png")]
+    assert images == {tuple(pixels.ravel().tolist()) for pixels in written}
+    own = {key: value for key, value in made.config.items() if key != "training"}
+    assert own == digits.config
+    assert made.config["training"]["dataset"] == "folder"
+    batches = json.loads((folder / "synthesis.json").read_text())["batches"]
+    assert made.card == digits.card | {"synthesis_seconds": round(sum(batch["seconds"] for batch in batches), 1)}
+    assert "synthesis_seconds" not in digits.card
+
+
+def test_images_are_made_once_and_shared(of_digits, digits, build, tmp_path, monkeypatch):
+    calls, real = [], inversion.invert
+    monkeypatch.setattr(inversion, "invert", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    options = {"per_class": 5, "folder": tmp_path, **OF_DIGITS, **ON_CPU}
+    first = inversion.replace_training(digits, of_digits, **options)
+    made = len(calls)
+    assert made > 1
+    other_split = data.load("digits", image_size=16, fold=1)
+    for of in (digits, other_split):
+        again = inversion.replace_training(of, build("hdkd_teacher_nano", seed=7), **options)
+        assert len(calls) == made
+        assert torch.equal(again.train.images[:], first.train.images[:])
+        assert again.config["training"] == first.config["training"]
+        assert again.card["synthesis_seconds"] == first.card["synthesis_seconds"]
+    changes = ({"seed": 1}, {"per_class": 6}, {"lr": 0.2}, {"preset": "cifar"})
+    for number, change in enumerate(changes, start=2):
+        made = len(calls)
+        inversion.replace_training(digits, of_digits, **options | change)
+        assert len(calls) > made
+        assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == number
+    made = len(calls)
+    inversion.replace_training(digits, build("hdkd_teacher_nano", seed=8), **options)
+    assert len(calls) > made
+
+
+def test_without_a_folder_the_images_lie_among_the_results(of_digits, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDKD_RESULTS", str(tmp_path))
+    inversion.replace_training(digits, of_digits, per_class=5, **OF_DIGITS, **ON_CPU)
+    assert len(list((tmp_path / "runs" / "synthetic").glob("*/synthesis.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"per_class": 4}, "per_class must be at least 5"), ({"preset": "tiny"}, "a preset of"), ({"lrr": 1}, "no setting 'lrr'")],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_written(wrong, message, of_digits, digits, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        inversion.replace_training(digits, of_digits, **{"per_class": 5, "folder": tmp_path / "made"} | wrong, **ON_CPU)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_run_on_made_images_says_what_they_cost(of_digits, digits, recipe, build, tmp_path):
+    made = inversion.replace_training(digits, of_digits, per_class=5, folder=tmp_path / "made", **OF_DIGITS, **ON_CPU)
+    made = replace(made, card=made.card | {"synthesis_seconds": 12.5})
+    runs = []
+    for name, of in (("made", made), ("real", digits)):
+        task = Supervised(student=build("hdkd_student_nano"))
+        runs.append(fit(task, of, replace(recipe, epochs=1), tmp_path / name / "run", **ON_CPU))
+    assert runs[0].metrics["synthesis_seconds"] == 12.5
+    assert runs[0].metrics["images"] == {"train": len(made.train), "val": len(made.val), "test": 60}
+    assert "synthesis_seconds" not in runs[1].metrics
 
 
 # Quality

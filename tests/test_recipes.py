@@ -105,5 +105,5 @@ def test_every_given_field_is_taken_as_it_is():
 def test_an_unknown_field_suggests_the_nearest():
     with pytest.raises(ValueError, match="a recipe has no field 'warmup_epoch'; did you mean 'warmup_epochs'"):
         recipes.get(**{"name": "nano", "warmup_epoch": 5})
-    with pytest.raises(ValueError, match="^a recipe has no field 'mixing'$"):
+    with pytest.raises(ValueError, match=r"^a recipe has no field 'mixing'$"):
         recipes.get("deit", mixing="none")

@@ -21,11 +21,6 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hdkd_lib.data.cache import Signatures, decode, remembered
@@ -151,6 +146,12 @@ def leakage_gain(signatures: Signatures, labels: np.ndarray, splits: dict[str, l
     Returns:
         One row per protocol, fold and classifier, with `balanced_accuracy`.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     pixels = signatures.thumbnails.reshape(len(signatures), 16, 2, 16, 2).mean((2, 4)).reshape(len(signatures), -1)
     classifiers = {
         "nearest neighbour": KNeighborsClassifier(1),

@@ -1,6 +1,7 @@
 """Where images come from: each source is a list of images with labels, groups and what is known about the set."""
 
 import difflib
+import importlib
 import os
 import warnings
 from collections import defaultdict
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.datasets import load_digits
 
 from hdkd_lib.data.files import IMAGE_SUFFIXES, existing, find, images_in, is_archive, unpack
 
@@ -57,6 +57,8 @@ class Source:
 
 def digits(root: Path | None = None, download: bool = False) -> Source:
     """1,797 handwritten digits, 8x8, that ship with scikit-learn: real images without a download."""
+    from sklearn.datasets import load_digits  # takes seconds
+
     data = load_digits()
     return Source(
         name="digits",
@@ -491,6 +493,13 @@ def open_source(name: str, root: str | Path | None = None, *, download: bool = F
     root = Path(root).expanduser() if root else None
     if name.startswith("medmnist:"):
         return medmnist(name, root, download)
+    if ":" in name:
+        module, function = name.split(":", 1)
+        try:
+            return getattr(importlib.import_module(module), function)(root, download)
+        except (ImportError, AttributeError) as error:
+            message = f"the data set {name!r} cannot be imported ({error}); install its package, or set PYTHONPATH"
+            raise ValueError(message) from error
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
         known = f"known are {', '.join(SOURCES)} and medmnist:FLAG"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 
 PROTOCOLS = ("grouped", "official", "random")
 FOLDS = 5
@@ -160,6 +159,8 @@ def _folds(
     index: np.ndarray, labels: np.ndarray, number: np.ndarray, count: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     count = min(count, min(len(np.unique(number[index][labels[index] == c])) for c in np.unique(labels[index])))
+    from sklearn.model_selection import StratifiedGroupKFold  # takes seconds
+
     folds = StratifiedGroupKFold(max(count, 2), shuffle=True, random_state=seed)
     return [(index[rest], index[held]) for rest, held in folds.split(index, labels[index], number[index])]
 

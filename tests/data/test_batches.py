@@ -47,15 +47,36 @@ def test_rows_are_indexed_as_the_tensor_of_these_images(index):
 
 
 @pytest.mark.parametrize("cache", ["auto", True, False])
-def test_residence_changes_nothing_on_a_cpu(cache):
+def test_caching_changes_nothing_on_a_cpu(cache):
     part = numbered(4)
     assert part.on_device(torch.device("cpu"), cache) is part
 
 
 @pytest.mark.parametrize("cache", ["yes", None, 2])
-def test_an_unknown_residence_is_refused(cache):
+def test_an_unknown_way_of_caching_is_refused(cache):
     with pytest.raises(ValueError, match=r"cache_on_device must be 'auto', True or False \(got"):
         numbered(4).on_device(torch.device("cpu"), cache)
+
+
+@pytest.mark.parametrize("cache", ["auto", True])
+def test_images_and_labels_are_cached_on_another_device_unless_it_is_switched_off(cache):
+    part, device = numbered(4), torch.device("meta")
+    cached = part.on_device(device, cache)
+    assert cached.images.device == cached.labels.device == device
+    assert (cached.images.shape, cached.ids) == (part.images.shape, part.ids)
+    assert part.on_device(device, False) is part
+
+
+def test_images_that_fill_more_than_half_of_a_gpus_free_memory_are_not_cached_there(monkeypatch):
+    part = numbered(4)
+    free = 2 * part.images.shape.numel()
+    moved = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1, 10 * free))
+    assert part.on_device(torch.device("cuda"), "auto") is part
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
+    assert part.on_device(torch.device("cuda"), "auto") is not part
+    assert moved == [torch.device("cuda")] * 2
 
 
 # --- order ---
@@ -115,7 +136,7 @@ def test_what_is_not_on_the_device_is_read_ahead_in_the_same_order():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_batches_come_on_the_gpu_whether_resident_or_not(device, cache):
+def test_batches_come_on_the_gpu_whether_cached_there_or_not(device, cache):
     part = numbered(10).on_device(torch.device(device), cache)
     given = list(batches(part, 3, device=device))
     assert all(images.is_cuda and labels.is_cuda for images, labels in given)
@@ -284,7 +305,7 @@ def test_a_file_of_floating_point_pixels_is_named(tmp_path):
         Files([path], 8)[0]
 
 
-def test_files_are_never_resident(files):
+def test_files_are_never_cached_on_the_device(files):
     assert files.on_device(torch.device("meta"), True) is files
 
 

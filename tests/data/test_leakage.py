@@ -228,7 +228,7 @@ def test_duplicates_alone_lift_a_random_split_and_without_them_there_is_no_diffe
             assert mean.random["logistic regression"] > mean.grouped["logistic regression"] + 0.1
 
 
-def test_optimism_measures_the_test_part_by_all_that_is_not_test():
+def test_leakage_gain_measures_the_test_part_by_all_that_is_not_test():
     signatures = random_signatures(6, distinct=3)
     labels = np.array([0, 1, 0, 0, 1, 0])
     fold = {"train": np.array([0]), "val": np.array([1]), "test": np.array([3, 4])}

@@ -237,7 +237,7 @@ def test_each_block_is_taught_by_its_own_map(taps, strides, small_batch, caught,
     assert len(layers[4]) == 1, "one pass of the teacher"
 
 
-def test_a_lesson_is_the_teachers_answer_and_a_map_for_each_tap(small_batch):
+def test_the_teachers_outputs_are_its_answer_and_a_map_for_each_tap(small_batch):
     task = dearkd(taps={0: 8, 1: 4, 2: 8})
     logits, maps = task.teacher_outputs(small_batch[0])
     sides = [32 // stride for stride in task.taps.values()]
@@ -499,7 +499,9 @@ def test_a_run_resumed_on_either_side_of_the_switch_is_bitwise_the_whole_one(ste
         fit(failing_after(make_task(), steps), digits, RECIPE, tmp_path / "run", **ON_CPU)
     assert len(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["history"]) == steps // STEPS
     torch.manual_seed(12345)
-    run = fit(make_task(seed=99), digits, RECIPE, tmp_path / "run", **ON_CPU)
+    task = make_task(seed=99)
+    run = fit(task, digits, RECIPE, tmp_path / "run", **ON_CPU)
+    assert_close(task.auxiliary.state_dict(), whole[1].auxiliary.state_dict(), rtol=0, atol=0)
     for which in ("last", "best"):
         resumed, expected = (load_file(r.path / f"{which}.safetensors") for r in (run, whole[0]))
         assert resumed.keys() == expected.keys()
