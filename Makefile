@@ -1,5 +1,6 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
-# make test                           ruff, pytest, and every notebook against its committed outputs
+# make test                           ruff and pytest, without what takes minutes
+# make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
 # make lab                            open the notebooks
 # make publish PLAN=...               pack a finished plan, its tables and figures into results/published/; PARTIAL=1: what is finished
 #                                     so far; MIXED=1: runs of several commits, too
@@ -11,7 +12,7 @@ PLAN ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test lab publish benchmark readme notebooks lock
+.PHONY: study dry-run test test-slow lab publish benchmark readme notebooks lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
 study lab benchmark: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
@@ -33,12 +34,15 @@ benchmark: export PYTHONPATH = $(CURDIR)
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
-test: export TQDM_DISABLE = 1
-test: export OMP_NUM_THREADS = 1
+test test-slow: export TQDM_DISABLE = 1
+test test-slow: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist loadfile tests
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" tests
+
+test-slow: test
+	$(BIN)/pytest -n 2 --dist loadfile -m slow tests
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 readme: .venv/installed

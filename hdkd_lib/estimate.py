@@ -17,6 +17,7 @@ from hdkd_lib.evaluation import predict
 from hdkd_lib.experiment import Experiment, build
 from hdkd_lib.methods import Supervised
 from hdkd_lib.methods.base import Distillation
+from hdkd_lib.runs import Run
 from hdkd_lib.training import Inputs, Training, make_optimizer, train_epoch
 
 REPLICATE = ("fold", "draw", "fraction", "seed", "run_dir")  # they change how many images there are, not the time of each
@@ -35,6 +36,10 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         FileNotFoundError: the data are not there.
     """
     same = {key: value for key, value in parameters.items() if key not in ("teacher", *REPLICATE)}
+    if teacher and "run_dir" in teacher and "network" not in teacher:  # a finished run, of no arm
+        creation = Run(teacher["run_dir"]).config["method"]["student"]
+        options = {key: value for key, value in creation.items() if key not in ("name", "num_classes", "img_size")}
+        teacher = {"network": creation["name"], "network_options": options}
     of_teacher = teacher and {"network": teacher["network"], "network_options": teacher.get("network_options", {})}
     train, evaluate, make = _seconds_per_image(json.dumps(same), json.dumps(of_teacher))
     split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws")}

@@ -96,7 +96,9 @@ class Run:
 
     @one_sentence
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
+        if not self.path.exists() and (beside := results_dir().parent / self.path).exists():
+            self.path = beside  # "results/..." is found from every working directory
         self._packed = None if (self.path / "config.json").exists() else packed(self.path.parent).get(self.path.name)
         if self._packed is None and not (self.path / "config.json").exists():
             raise FileNotFoundError(f"{self.path} is no run folder: it has no config.json")
@@ -136,6 +138,12 @@ class Run:
             yield
         finally:
             lock.release()
+
+    @property
+    def shown_path(self) -> str:
+        """The path for readers: from results/ on where it lies there, which `Run` finds from every working directory."""
+        results, path = results_dir().resolve(), self.path.resolve()
+        return path.relative_to(results.parent).as_posix() if path.is_relative_to(results) else str(self.path)
 
     @property
     def is_finished(self) -> bool:

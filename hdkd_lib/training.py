@@ -104,7 +104,7 @@ def fit(
     run = Run.create(run_dir, config)
     with run.lock():
         if run.is_finished:
-            print(f"already trained: {run.path}")
+            print(f"already trained: {run.shown_path}")
             return run
         if not task.is_fresh and not (resume and (run.path / "checkpoint.pt").exists()):
             raise ValueError("this task's student is trained already, and a new run must not start from it; create both again")
@@ -174,7 +174,9 @@ def train(training: Training) -> None:
         _finish(training, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
         (run.path / "checkpoint.pt").unlink()
         seconds = sum(row["seconds"] for row in history)
-        print(f"trained {recipe.epochs} epochs in {_duration(seconds)}; validation chose epoch {best['epoch']}: {run.path}")
+        print(
+            f"trained {recipe.epochs} epochs in {_duration(seconds)}; validation chose epoch {best['epoch']}: {run.shown_path}"
+        )
 
 
 def train_epoch(

@@ -98,6 +98,7 @@ def by_notebook(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_notebook_and_a_script_give_the_same_run(by_notebook, tmp_path):
     digits = data.load("digits", image_size=16, fraction=0.3)
     recipe = recipes.get("nano", epochs=5, augment="none")

@@ -144,6 +144,7 @@ def test_a_wrong_parameter_is_refused_before_anything_trains_in_one_sentence(nam
     assert caught.value._render_traceback_() == [f"{caught.type.__name__}: {caught.value}"]
 
 
+@pytest.mark.slow
 def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
     copy = shutil.copy(ROOT / "notebooks" / "01_data.ipynb", tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--nbval", "--nbval-current-env", copy]

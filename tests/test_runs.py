@@ -273,3 +273,13 @@ def test_a_published_run_has_no_weights_and_says_so(copied, tmp_path):
     packing.pack({"hdkd-seed0": tmp_path / "runs" / "hdkd-seed0"}, tmp_path / "packed")
     with pytest.raises(FileNotFoundError, match="published without weights; train it: make study PLAN=packed"):
         Run(tmp_path / "packed" / "hdkd-seed0").student()
+
+
+def test_a_run_under_results_is_shown_and_found_by_its_path_from_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HDKD_RESULTS", str(tmp_path / "results"))
+    run = Run.create(None, CONFIG)
+    assert run.shown_path.startswith("results/runs/interactive/digits-Supervised-seed0-")
+    monkeypatch.chdir(tmp_path.parent)
+    assert Run(run.shown_path).path.samefile(run.path)
+    elsewhere = Run.create(tmp_path / "elsewhere", CONFIG)
+    assert elsewhere.shown_path == str(tmp_path / "elsewhere")

@@ -219,6 +219,7 @@ def fake(plan, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_runs_only_what_is_missing(fake):
     command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
     failed = subprocess.run(command, cwd=fake, capture_output=True, text=True)
@@ -244,6 +245,7 @@ def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_run
     assert published.returncode == 1  # these notebooks write no predictions
 
 
+@pytest.mark.slow
 def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(fake):
     notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
     source = notebook.cells[1].source
@@ -458,6 +460,7 @@ def test_what_was_published_of_other_parameters_is_not_taken(published, tmp_path
     assert not list(tmp_path.glob("*/metrics.json"))
 
 
+@pytest.mark.slow
 def test_replicates_run_one_after_the_other(fake):
     """Each run notes when it ran: with one core, in the order of replicates, then of arms."""
     notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
@@ -497,6 +500,7 @@ def trained(plan, finished_run, tmp_path):
     return trained
 
 
+@pytest.mark.slow
 def test_a_published_plan_is_about_ten_files_without_a_path_of_this_machine(trained, tmp_path):
     published = trained()
     assert study.publish("tiny").startswith("12 runs packed anew, 12 of 12 in")
@@ -530,6 +534,9 @@ def test_runs_that_do_not_belong_together_are_published_only_as_mixed(trained):
         with pytest.raises(ValueError, match=message):
             study.publish("tiny", partial=partial)
     assert not (published / "runs.json").exists()
+    (own / "job.json").write_text(json.dumps(job | {"notebook": "03_student"}))
+    with pytest.raises(ValueError, match=r"1 runs were made by another notebook than the plan's \(again-draw0-seed0, "):
+        study.publish("tiny", partial=True)
     study.publish("tiny", partial=True, mixed=True)
     assert "its runs are of 2 commits" in tables.provenance(runs.load(published), runs.plan(published))
 

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from hdkd_lib import packing, runs, statistics, tables
+from hdkd_lib import packing, runs, tables
 from hdkd_lib.methods import Supervised
 from hdkd_lib.metrics import Predictions, weighted
 from hdkd_lib.training import predict
@@ -113,7 +114,7 @@ def test_a_verdict_follows_from_the_predictions_by_other_code(folder):
     shared = max(0, (8 * v - w) / 7)
     variance = d.var(ddof=1) / 8 + shared
     df = variance**2 / ((d.var(ddof=1) / 8) ** 2 / 7 + shared**2 / (N - 1))
-    half = statistics.stats.t.ppf(1 - 0.05 / 2 / 2, df) * math.sqrt(variance)
+    half = stats.t.ppf(1 - 0.05 / 2 / 2, df) * math.sqrt(variance)
     found = tables.contrasts(runs.load(folder), PLAN).result[0]
     assert (found.mean, found.half_width, found.n) == (pytest.approx(d.mean()), pytest.approx(half), 8)
     assert found.differences == pytest.approx(d)
@@ -168,7 +169,7 @@ def test_folds_are_independent_replicates_whose_seeds_are_averaged(simulated):
     assert found.n == 3
     assert found.differences == pytest.approx([0.03, 0.07, 0.05])
     sd = 0.02  # of .03, .07, .05; a fold tests 400 images and trains on 1,600
-    expected = statistics.stats.t.ppf(1 - 0.05 / 4, 2) * sd * math.sqrt(1 / 3 + 1 / 4)
+    expected = stats.t.ppf(1 - 0.05 / 4, 2) * sd * math.sqrt(1 / 3 + 1 / 4)
     assert found.half_width == pytest.approx(expected)
 
 

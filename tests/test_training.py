@@ -739,6 +739,7 @@ def test_an_unknown_cache_on_the_device_is_refused(cache, alone, digits, tmp_pat
         fit(alone(), digits, SHORT, tmp_path, **ON_CPU, cache_on_device=cache)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(digits, build, tmp_path):
     """Without batch norm and augmentation; 120 images are four batches of 30, 15 in each process."""
     vit = {
@@ -766,6 +767,7 @@ def test_two_processes_train_as_one(digits, build, tmp_path):
             assert_close(value, two.student("last").state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arm", "own_term"), [("deit", "distillation_loss"), ("cskd", "spatial_loss"), ("dearkd", "hidden_loss")]
 )
@@ -791,6 +793,7 @@ def test_the_imagenet_plan_starts_on_files_in_several_processes(arm, own_term, b
     assert run.environment["processes"] == 2
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_said_in_one_sentence(digits, alone, tmp_path):
     with pytest.raises(RuntimeError, match=r"FloatingPointError: the loss of Supervised became nan in epoch 0; lower lr"):
         fit(alone(), digits, replace(SHORT, lr=1e30), tmp_path, **ON_CPU, num_processes=2)

@@ -31,7 +31,8 @@ def main() -> None:
             teachers = [copy.deepcopy(build(plan["jobs"][name]["arm"]).task.student) for name in jobs[arm]["needs"]]
             built[arm] = experiment.build(
                 images, of["network"], recipes.get(**of["recipe"]), network_options=of["network_options"],
-                method=of["method"], options=of["options"], teacher=teachers[0] if teachers else None,
+                method=of["method"], options=of["options"],
+                teacher=teachers[0] if teachers else experiment.find_teacher(of["teacher"], images),
             )  # fmt: skip
         return built[arm]
 

@@ -304,6 +304,7 @@ def pixel_hashes(paths: list[Path]) -> np.ndarray:
         return np.array(list(pool.map(one, paths)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["brain_tumor", "ham10000"])
 def test_no_picture_and_no_lesion_crosses_a_fold_of_real_data(real, name):
     data = real(name)
@@ -342,6 +343,7 @@ def test_one_picture_of_ham10000_under_two_lesions_ends_in_one_group(real):
     assert data.card["groups"] < 7470
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_a_warning(tmp_path):
     answer = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-m", "hdkd_lib.data.leakage", str(tmp_path / "nowhere")],

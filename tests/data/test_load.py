@@ -243,6 +243,7 @@ def test_brain_tumor_leaks_by_its_published_split_and_not_by_the_default_one(rea
     assert not pictures(data.test).keys() & (pictures(data.train) + pictures(data.val)).keys()
 
 
+@pytest.mark.slow
 def test_no_lesion_of_ham10000_crosses_the_parts(real):
     data = real("ham10000")
     assert len(set(data.source.groups)) == 7470
@@ -253,6 +254,7 @@ def test_no_lesion_of_ham10000_crosses_the_parts(real):
     assert data.card["images_without_row"] == 0
 
 
+@pytest.mark.slow
 def test_no_lesion_of_ham10000_is_in_two_draws(real):
     draws = [real("ham10000", fold=1, draws=10, draw=k) for k in range(10)]
     lesion = dict(zip(draws[0].source.ids, draws[0].source.groups, strict=True))
