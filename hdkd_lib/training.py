@@ -146,7 +146,7 @@ def train(training: Training) -> None:
         desc=type(task).__name__, initial=len(history) * len(inputs), total=recipe.epochs * len(inputs), unit="image",
         unit_scale=True, leave=False, disable="TQDM_DISABLE" in os.environ or not is_first,
     )  # fmt: skip
-    for epoch in range(len(history), recipe.epochs):
+    for epoch in range(first := len(history), recipe.epochs):
         start = time.perf_counter()
         scheduler.step(max(0, epoch - lag))
         task.set_progress(epoch / recipe.epochs)
@@ -167,6 +167,8 @@ def train(training: Training) -> None:
             best = {"epoch": epoch, criterion: scores[criterion], "nll": scores["nll"]}
             _save_weights(task, run.path / "best.safetensors")
         _save_checkpoint(training, optimizer, history, best)
+        if epoch == first and (left := (time.perf_counter() - start) * (recipe.epochs - epoch - 1)) > 60:
+            print(f"about {_duration(left)} to go")
         bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{row['train_loss']:.3f}", val=f"{scores[criterion]:.3f}")
     bar.close()
     if is_first:
