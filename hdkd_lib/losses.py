@@ -35,6 +35,14 @@ def logit_distillation(
     return hard_distillation(student, teacher)
 
 
+def standardise_logits(logits: Tensor, eps: float = 1e-6) -> Tensor:
+    """(B, C) with mean 0 and standard deviation 1 (of C - 1) for every image: Sun et al., CVPR 2024 (arXiv 2403.01427), eq. 13.
+
+    The student then need not match the size of the teacher's logits. eps as in the official code.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+
+
 # Inversion
 
 

@@ -43,7 +43,8 @@ PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
 # Options that are no more, with the value that all runs since have; and one that came later, with the value of those before.
-GONE, NEW = {"stage_exponent": 1.0, "projection": False}, {"Supervised": {"probe": False}}
+GONE = {"stage_exponent": 1.0, "projection": False}
+NEW = {"Supervised": {"probe": False}, "DeiT": {"standardise_logits": False}}
 
 
 def results_dir() -> Path:

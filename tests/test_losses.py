@@ -15,6 +15,7 @@ from hdkd_lib.losses import (
     intra_divergence_loss,
     logit_distillation,
     soft_distillation,
+    standardise_logits,
     total_variation,
 )
 
@@ -164,3 +165,12 @@ def test_distances_stay_exact_under_autocast():
 def test_intra_divergence_refuses_unbalanced_batches(labels):
     with pytest.raises(ValueError, match="equally many images, at least two, of each of at least two classes"):
         intra_divergence_loss(torch.randn(4, 3), torch.tensor(labels))
+
+
+def test_standardised_logits_do_not_depend_on_shift_and_size():
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    standard = standardise_logits(logits)
+    assert_close(standard.mean(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert_close(standard.std(1), torch.ones(6, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert_close(standardise_logits(3 * logits + 7), standard, atol=1e-5, rtol=0)
+    assert standardise_logits(torch.ones(2, 3)).isfinite().all()

@@ -200,10 +200,11 @@ def test_options_that_are_no_more_are_dropped_where_they_had_the_only_value_that
     [
         ({"name": "Supervised", "student": {}}, {"name": "Supervised", "student": {}, "probe": False}),
         ({"name": "Supervised", "probe": True}, {"name": "Supervised", "probe": True}),
-        ({"name": "DeiT", "student": {}}, {"name": "DeiT", "student": {}}),
+        ({"name": "DeiT", "student": {}}, {"name": "DeiT", "student": {}, "standardise_logits": False}),
+        ({"name": "HDKD", "student": {}}, {"name": "HDKD", "student": {}}),
     ],
 )
-def test_an_older_run_alone_trained_all_of_its_network(method, expected, tmp_path):
+def test_an_older_run_has_the_values_of_before_a_later_option(method, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"method": method}))
     assert Run(tmp_path).config == runs.read_config(tmp_path / "config.json") == CONFIG | {"method": expected}
 

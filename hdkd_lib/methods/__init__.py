@@ -8,6 +8,7 @@ from hdkd_lib.methods.cskd import CSKD as CSKD
 from hdkd_lib.methods.dearkd import DearKD as DearKD
 from hdkd_lib.methods.deit import DeiT as DeiT
 from hdkd_lib.methods.hdkd import HDKD as HDKD
+from hdkd_lib.methods.locality import LocalityGuidance as LocalityGuidance
 from hdkd_lib.methods.supervised import Supervised as Supervised
 
 NAMES = [

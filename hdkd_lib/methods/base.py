@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdkd_lib import models
-from hdkd_lib.losses import logit_distillation
+from hdkd_lib.losses import logit_distillation, standardise_logits
 from hdkd_lib.methods.teacher import Teacher, check_head
 
 
@@ -111,7 +111,9 @@ class Distillation(Method):
         both = (1 - self.alpha) * class_loss + self.alpha * self.cross_entropy(distillation_logits, target)
         return {"loss": both, "class_loss": class_loss}
 
-    def set_logit_distillation(self, *, distill_type: str, alpha: float, tau: float, reduction: str) -> None:
+    def set_logit_distillation(
+        self, *, distill_type: str, alpha: float, tau: float, reduction: str, standardise_logits: bool = False
+    ) -> None:
         """Keeps what `losses.logit_distillation` needs, and alpha, its weight against cross-entropy.
 
         Raises:
@@ -124,10 +126,43 @@ class Distillation(Method):
         if reduction not in ("classes", "batchmean"):
             raise ValueError(f"reduction must be 'classes' or 'batchmean' (got {reduction!r})")
         self.distill_type, self.alpha, self.tau, self.reduction = distill_type, alpha, tau, reduction
+        self.standardise_logits = standardise_logits
 
     def logit_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Distillation of logits (B, C) by what was set."""
+        if self.standardise_logits:
+            student, teacher = standardise_logits(student), standardise_logits(teacher)
         return logit_distillation(student, teacher, distill_type=self.distill_type, tau=self.tau, reduction=self.reduction)
+
+    def set_taps(self, taps: Mapping[int, int]) -> None:
+        """Keeps which of the student's blocks (from 0) learns from the teacher's map of which stride, in order of blocks, and
+        the numbers of these maps as `teacher_maps`.
+
+        Raises:
+            ValueError: the student is no vision transformer or has no such block, the teacher is no CNN or has no such stride.
+        """
+        student, teacher, name = self.student, self.teacher.network, type(self).__name__
+        if not hasattr(student, "forward_intermediates") or not hasattr(student, "num_prefix_tokens"):
+            raise ValueError(f"{name} needs a vision transformer as student (got {type(student).__name__})")
+        if hasattr(teacher, "num_prefix_tokens"):
+            raise ValueError(f"{name} needs a CNN as teacher, such as resnet18 (got {type(teacher).__name__}: it has tokens)")
+        self.taps = {int(block): int(stride) for block, stride in sorted(taps.items(), key=lambda tap: int(tap[0]))}
+        strides = [info["reduction"] for info in teacher.feature_info]
+        for block, stride in self.taps.items():
+            if block not in range(len(student.feature_info)):
+                raise ValueError(f"taps name block {block}; the student has blocks 0 to {len(student.feature_info) - 1}")
+            if stride not in strides:
+                raise ValueError(
+                    f"taps ask for the teacher's map of stride {stride}; {type(teacher).__name__} has strides "
+                    f"{', '.join(map(str, strides))}"
+                )
+        self.teacher_maps = [strides.index(stride) for stride in self.taps.values()]
+
+    def teacher_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's logits (B, C) and its map for every tap, of images in the student's normalisation."""
+        indices = sorted(set(self.teacher_maps))
+        logits, found = self.teacher(images, indices)
+        return logits, [found[indices.index(i)] for i in self.teacher_maps]
 
     def describe(self) -> dict:
         return {**super().describe(), "teacher": models.describe(self.teacher.network)}

@@ -85,25 +85,11 @@ class DearKD(Distillation):
             raise ValueError(
                 f"hidden_weight must be at least 0 and stage2 'both' or 'class' (got {hidden_weight} and {stage2!r})"
             )
-        if not hasattr(student, "forward_intermediates") or not hasattr(student, "num_prefix_tokens"):
-            raise ValueError(f"DearKD needs a vision transformer as student (got {type(student).__name__})")
-        if hasattr(teacher, "num_prefix_tokens"):
-            raise ValueError(f"DearKD needs a CNN as teacher, such as resnet18 (got {type(teacher).__name__}: it has tokens)")
         self.hidden_weight, self.stage2 = hidden_weight, stage2
-        self.taps = {int(block): int(stride) for block, stride in sorted(taps.items(), key=lambda tap: int(tap[0]))}
-        strides = [info["reduction"] for info in teacher.feature_info]
-        self.teacher_maps: list[int] = []  # their numbers, by tap
-        for block, stride in self.taps.items():
-            if block not in range(len(student.feature_info)):
-                raise ValueError(f"taps name block {block}; the student has blocks 0 to {len(student.feature_info) - 1}")
-            if stride not in strides:
-                raise ValueError(
-                    f"taps ask for the teacher's map of stride {stride}; {type(teacher).__name__} has strides "
-                    f"{', '.join(map(str, strides))}"
-                )
-            self.teacher_maps.append(strides.index(stride))
-            channels = teacher.feature_info[self.teacher_maps[-1]]["num_chs"]
-            self.auxiliary[f"aligner{block}"] = Aligner(student.feature_info[block]["num_chs"], channels)
+        self.set_taps(taps)
+        for (block, _), number in zip(self.taps.items(), self.teacher_maps, strict=True):
+            widths = student.feature_info[block]["num_chs"], teacher.feature_info[number]["num_chs"]
+            self.auxiliary[f"aligner{block}"] = Aligner(*widths)
         self.attentions = [
             module for module in student.modules() if isinstance(module, ConvAttention) and module.mode == "gate"
         ]
@@ -132,12 +118,6 @@ class DearKD(Distillation):
             terms["hidden_loss"] = self.hidden_loss(hidden, maps)
             loss = loss + self.hidden_weight * terms["hidden_loss"]
         return {"loss": loss, **terms}
-
-    def teacher_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's logits (B, C) and its map for every tap, of images in the student's normalisation."""
-        indices = sorted(set(self.teacher_maps))
-        logits, found = self.teacher(images, indices)
-        return logits, [found[indices.index(i)] for i in self.teacher_maps]
 
     def hidden_loss(self, hidden: list[Tensor], maps: list[Tensor]) -> Tensor:
         """Mean over the taps of the mean squared difference of aligned tokens (B, D, h, w) and the teacher's maps."""

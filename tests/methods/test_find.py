@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 from hdkd_lib import experiment, methods
-from hdkd_lib.methods import CSKD, HDKD, DearKD, DeiT, Supervised
+from hdkd_lib.methods import CSKD, HDKD, DearKD, DeiT, LocalityGuidance, Supervised
 from hdkd_lib.methods.base import Distillation, Method
 
-ALL = [CSKD, DearKD, DeiT, HDKD, Supervised]
+ALL = [CSKD, DearKD, DeiT, HDKD, LocalityGuidance, Supervised]
 ELSEWHERE = """
 from hdkd_lib.methods import Supervised
 from hdkd_lib.methods.base import Distillation
@@ -51,7 +51,7 @@ def test_every_method_is_known_by_its_name():
     ("name", "message"),
     [
         ("HDKT", "^unknown method 'HDKT'; did you mean 'HDKD'\\?$"),
-        ("hdkd_lib", "^unknown method 'hdkd_lib'; known: CSKD, DearKD, DeiT, HDKD, Supervised$"),
+        ("hdkd_lib", "^unknown method 'hdkd_lib'; known: CSKD, DearKD, DeiT, HDKD, LocalityGuidance, Supervised$"),
         ("Method", "^unknown method 'Method'; "),
         ("Distillation", "^unknown method 'Distillation'; "),
         ("find", "^unknown method 'find'; "),
@@ -106,15 +106,15 @@ def test_options_are_the_constructors_arguments_but_the_networks():
 
 @pytest.mark.parametrize("method", ALL)
 def test_settings_are_the_options_with_their_defaults_and_make_the_task_again(method, build):
-    networks = {
-        "student": build("dearkd_tiny_patch16_224", img_size=16, patch_size=4, depth=4) if method is DearKD else build()
-    }
+    is_tapped = method in (DearKD, LocalityGuidance)
+    networks = {"student": build("dearkd_tiny_patch16_224", img_size=16, patch_size=4, depth=4) if is_tapped else build()}
     if issubclass(method, Distillation):
         networks["teacher"] = build("hdkd_teacher_nano")
-    task = method(**networks)
+    own = {"taps": {0: 2}} if method is LocalityGuidance else {}  # its default is for another teacher
+    task = method(**networks, **own)
     settings = task.settings()
     parameters = inspect.signature(method).parameters
-    expected = {name: parameters[name].default for name in method.options()}
+    expected = {name: parameters[name].default for name in method.options()} | own
     assert settings == json.loads(json.dumps(expected)) == json.loads(json.dumps(settings))
     assert task.describe().items() >= settings.items()
     assert method(**networks, **settings).settings() == settings
