@@ -14,6 +14,8 @@ class Recipe:
 
     Attributes:
         schedule: "constant", or "cosine" from `lr` to `min_lr` after `warmup_epochs` epochs that rise from `warmup_lr`.
+        layer_decay: factor of the rate from each block (timm's groups of layers) to the one before it, above 0 and at most 1:
+            below 1 a pretrained body learns more slowly than the head.
         weight_decay: of weights with two or more dimensions; biases and one-dimensional weights have none.
         augment: a name in `data.augment.AUGMENTATIONS`.
         imbalance: "none", "class_weights" (in the cross-entropy with the labels), "balanced_sampler" or "smote".
@@ -41,12 +43,15 @@ class Recipe:
     label_smoothing: float = 0.0
     aug_repeats: int = 1
     protocol: str = "honest"
+    layer_decay: float = 1.0
 
     def __post_init__(self):
         for field in fields(self):
             check_type(field.name, getattr(self, field.name), field.type)
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
             raise ValueError(f"a recipe needs epochs >= 1, batch_size >= 2 and lr > 0 (got {self})")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1 (got {self.layer_decay})")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine' (got {self.schedule!r})")
         if self.protocol not in ("honest", "paper"):

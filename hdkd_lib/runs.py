@@ -45,6 +45,7 @@ OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_unti
 # Options that are no more, with the value that all runs since have; and one that came later, with the value of those before.
 GONE = {"stage_exponent": 1.0, "projection": False}
 NEW = {"Supervised": {"probe": False}, "DeiT": {"standardise_logits": False}}
+NEW_IN_RECIPES = {"layer_decay": 1.0}
 
 
 def results_dir() -> Path:
@@ -66,6 +67,8 @@ def _todays_names(config: dict) -> dict:
     if "method" in config:
         kept = {key: value for key, value in config["method"].items() if GONE.get(key) != value or key not in GONE}
         config["method"] = NEW.get(kept.get("name"), {}) | kept
+    if "recipe" in config:
+        config["recipe"] = NEW_IN_RECIPES | config["recipe"]
     return config
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import random_seed
@@ -150,7 +150,7 @@ def train(training: Training) -> None:
         start = time.perf_counter()
         scheduler.step(max(0, epoch - lag))
         task.set_progress(epoch / recipe.epochs)
-        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch, "lr": max(group["lr"] for group in optimizer.param_groups)}
         row |= train_epoch(network, inputs.epoch(epoch), optimizer, training, bar)
         if not math.isfinite(row["train_loss"]):
             raise FloatingPointError(
@@ -254,7 +254,9 @@ class Inputs:
 
 def make_optimizer(task: Method, recipe: Recipe) -> tuple[torch.optim.Optimizer, Scheduler]:
     undecayed = getattr(task.student, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(task.student, recipe.weight_decay, no_weight_decay_list=undecayed)
+    layered = {} if recipe.layer_decay == 1 else {"layer_decay": recipe.layer_decay}
+    make_groups = param_groups_layer_decay if layered else param_groups_weight_decay
+    groups = make_groups(task.student, recipe.weight_decay, no_weight_decay_list=undecayed, **layered)
     if len(task.auxiliary):
         groups += param_groups_weight_decay(task.auxiliary, recipe.weight_decay)
     is_fused = next(task.student.parameters()).device.type != "mps"

@@ -8,7 +8,7 @@ from hdkd_lib.recipes import Recipe
 
 def test_hdkds_recipes_are_those_of_the_official_code():
     shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "aug_repeats": 1}
-    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest"}
+    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest", "layer_decay": 1}
     assert asdict(recipes.get("hdkd_teacher")) == {
         **shared,
         **{"optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "schedule": "constant"},
@@ -25,7 +25,7 @@ def test_deits_recipe_is_that_of_its_code():
     assert asdict(recipes.get("deit")) == {
         **{"epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine"},
         **{"min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-6, "augment": "deit", "imbalance": "none"},
-        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "aug_repeats": 3, "protocol": "honest"},
+        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "aug_repeats": 3, "protocol": "honest", "layer_decay": 1},
     }
 
 
@@ -107,3 +107,9 @@ def test_an_unknown_field_suggests_the_nearest():
         recipes.get(**{"name": "nano", "warmup_epoch": 5})
     with pytest.raises(ValueError, match=r"^a recipe has no field 'mixing'$"):
         recipes.get("deit", mixing="none")
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, 1.5, -0.5])
+def test_a_layer_decay_out_of_range_is_refused(layer_decay):
+    with pytest.raises(ValueError, match="layer_decay must be above 0 and at most 1"):
+        recipes.get("nano", layer_decay=layer_decay)

@@ -809,3 +809,20 @@ def test_more_processes_than_gpus_are_refused(alone, digits, tmp_path, monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"on GPUs at most their number \(got 2, 1 of mps\)"):
         fit(alone(), digits, SHORT, tmp_path / "run", device="mps", precision="float32", num_processes=2)
+
+
+def test_with_layer_decay_the_body_learns_more_slowly_than_the_head(build, digits, recipe, tmp_path):
+    """In timm's groups of layers the rate falls by the factor from each to the one before it."""
+    recipe = replace(recipe, epochs=1, layer_decay=0.5, schedule="constant", weight_decay=0.0, optimizer="sgd")
+    moved = {}
+    for decay in (0.5, 1.0):
+        task = Supervised(student=build("resnet10t"))
+        before = {name: value.clone() for name, value in task.student.named_parameters()}
+        run = fit(task, digits, replace(recipe, layer_decay=decay), tmp_path / str(decay), device="cpu", precision="float32")
+        trained = run.student("last")
+        moved[decay] = {n: (p - before[n]).norm().item() for n, p in trained.named_parameters()}
+        assert run.history.lr.tolist() == [recipe.lr], "of the head"
+    optimizer, _ = training.make_optimizer(Supervised(student=build("resnet10t")), recipe)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert sorted(set(scales.values()), reverse=True)[:3] == [1.0, 0.5, 0.25]
+    assert moved[0.5]["conv1.0.weight"] < 0.5 * moved[1.0]["conv1.0.weight"]

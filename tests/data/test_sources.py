@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 
+from hdkd_lib.data import sources
 from hdkd_lib.data.sources import SOURCES, Source, open_source
 
 RNG = np.random.default_rng(0)
@@ -541,3 +542,11 @@ def test_isics_ham10000_needs_its_table_of_lesions(ham_folder):
         FileNotFoundError, match=r"has no ISIC2018_Task3_Training_LesionGroupings.csv; put it there: without it"
     ):
         open_source("ham10000", ham_folder)
+
+
+def test_lesions_that_known_links_join_are_one_group():
+    ids = ["ISIC_0033481", "ISIC_0000001", "ISIC_0033421", "ISIC_0000002", "ISIC_0033556"]
+    groups = sources._linked(ids, ["a", "a", "b", "b", "c"])
+    assert groups == ["a", "a", "a", "a", "c"], (
+        "the first two and the next two by their first link; c's other image is not here"
+    )
