@@ -336,11 +336,11 @@ def test_the_brain_tumour_sets_published_test_images_were_mostly_seen_in_trainin
 def test_one_picture_of_ham10000_under_two_lesions_ends_in_one_group(real):
     data = real("ham10000")
     twins = [data.source.ids.index(i) for i in ("ISIC_0025226", "ISIC_0030074")]
-    assert data.source.groups[twins[0]] != data.source.groups[twins[1]]
+    assert data.source.groups[twins[0]] == data.source.groups[twins[1]], "a known link of two lesions"
     pairs = data.audit.pairs
     assert ((pairs.a == "ISIC_0025226") & (pairs.b == "ISIC_0030074")).sum() == 1
     assert data.audit.duplicate_groups[twins[0]] == data.audit.duplicate_groups[twins[1]]
-    assert data.card["groups"] < 7470
+    assert data.card["groups"] <= 7470 - 18
 
 
 @pytest.mark.slow
