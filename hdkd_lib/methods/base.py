@@ -134,9 +134,9 @@ class Distillation(Method):
             student, teacher = standardise_logits(student), standardise_logits(teacher)
         return logit_distillation(student, teacher, distill_type=self.distill_type, tau=self.tau, reduction=self.reduction)
 
-    def set_taps(self, taps: Mapping[int, int]) -> None:
+    def set_taps(self, taps: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """Keeps which of the student's blocks (from 0) learns from the teacher's map of which stride, in order of blocks, and
-        the numbers of these maps as `teacher_maps`.
+        the numbers of these maps as `teacher_maps`. Gives the widths of tokens and map by block.
 
         Raises:
             ValueError: the student is no vision transformer or has no such block, the teacher is no CNN or has no such stride.
@@ -157,6 +157,8 @@ class Distillation(Method):
                     f"{', '.join(map(str, strides))}"
                 )
         self.teacher_maps = [strides.index(stride) for stride in self.taps.values()]
+        places = zip(self.taps, self.teacher_maps, strict=True)
+        return {block: (student.feature_info[block]["num_chs"], teacher.feature_info[i]["num_chs"]) for block, i in places}
 
     def teacher_outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The teacher's logits (B, C) and its map for every tap, of images in the student's normalisation."""

@@ -86,9 +86,7 @@ class DearKD(Distillation):
                 f"hidden_weight must be at least 0 and stage2 'both' or 'class' (got {hidden_weight} and {stage2!r})"
             )
         self.hidden_weight, self.stage2 = hidden_weight, stage2
-        self.set_taps(taps)
-        for (block, _), number in zip(self.taps.items(), self.teacher_maps, strict=True):
-            widths = student.feature_info[block]["num_chs"], teacher.feature_info[number]["num_chs"]
+        for block, widths in self.set_taps(taps).items():
             self.auxiliary[f"aligner{block}"] = Aligner(*widths)
         self.attentions = [
             module for module in student.modules() if isinstance(module, ConvAttention) and module.mode == "gate"

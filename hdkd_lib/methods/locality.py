@@ -55,9 +55,7 @@ class LocalityGuidance(Distillation):
         if guidance_weight < 0:
             raise ValueError(f"guidance_weight must be at least 0 (got {guidance_weight})")
         self.guidance_weight = guidance_weight
-        self.set_taps(taps)
-        for (block, _), number in zip(self.taps.items(), self.teacher_maps, strict=True):
-            widths = student.feature_info[block]["num_chs"], teacher.feature_info[number]["num_chs"]
+        for block, widths in self.set_taps(taps).items():
             self.auxiliary[f"projection{block}"] = nn.Conv2d(*widths, 1)
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
