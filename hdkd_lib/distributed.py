@@ -1,6 +1,7 @@
 """One run in several processes of this machine, each with its share of every batch."""
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from timm.task import TrainingTask
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -30,7 +35,7 @@ def check_count(count: int, device: torch.device) -> None:
 
 
 def spawn(train: Callable, job, count: int) -> None:
-    """`train(job)` in `count` processes that can sum their gradients (`wrap`); `job` is a dataclass with a task and a device.
+    """`train(job)` in `count` processes that can average gradients (`prepare`); `job` is a dataclass with a task and a device.
 
     Raises:
         RuntimeError: one of them failed; the message is its error's last line.
@@ -59,22 +64,21 @@ def _start(rank: int, count: int, rendezvous: str, train: Callable, job) -> None
         dist.destroy_process_group()
 
 
-def wrap(task: nn.Module, device: torch.device) -> nn.Module:
-    """The task, with gradients averaged over all processes after each backward pass; on GPUs its batch norms count the images
-    of all processes. In one process: the task itself.
-    """
-    if rank_and_count()[1] == 1:
-        return task
-    if device.type == "cuda":  # timm's conversion keeps the activation that some of its norms hold
-        task.trainable_module = convert_sync_batchnorm(task.student)
-        task.auxiliary = convert_sync_batchnorm(task.auxiliary)
-    return nn.parallel.DistributedDataParallel(task, forward_sync_buffers=False, find_unused_parameters=True)
+def prepare(task: TrainingTask, device: torch.device) -> None:
+    """Lets gradients be averaged over all processes after each backward pass, where there are several."""
+    if rank_and_count()[1] > 1:
+        own = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"  # torch before 2.13
+        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None, **{own: False})
 
 
-def sum_over_processes(totals: dict[str, Tensor], count: int) -> int:
-    """Adds up each total in place, and the count, which is the same in all processes."""
-    processes = rank_and_count()[1]
-    if processes > 1:
-        for total in totals.values():
-            dist.all_reduce(total)
-    return count * processes
+def sync_batch_norms(task: TrainingTask, device: torch.device) -> None:
+    """On GPUs the batch norms of what learns count the images of all processes."""
+    if rank_and_count()[1] > 1 and device.type == "cuda":  # timm's conversion keeps the activation that some of its norms hold
+        task.trainable_module = convert_sync_batchnorm(task.trainable_module)
+
+
+def sum_over_processes(total: Tensor) -> Tensor:
+    """The sum of each process's tensor, in all of them."""
+    if rank_and_count()[1] > 1:
+        dist.all_reduce(total)
+    return total

@@ -18,7 +18,7 @@ from hdkd_lib.experiment import Experiment, build
 from hdkd_lib.methods import Supervised
 from hdkd_lib.methods.base import Distillation
 from hdkd_lib.runs import Run
-from hdkd_lib.training import Inputs, Training, make_optimizer, train_epoch
+from hdkd_lib.training import Epoch, Inputs, Training, make_optimizer, train_epoch
 
 REPLICATE = ("fold", "draw", "fraction", "seed", "run_dir")  # they change how many images there are, not the time of each
 CPU_BATCH = 32  # on a CPU a larger batch takes as long for each image
@@ -90,7 +90,7 @@ def time_of(experiment: Experiment, *, device: str = "auto", precision: str = "a
     stream = itertools.chain.from_iterable(map(inputs.epoch, itertools.count()))
 
     def step() -> None:
-        train_epoch(task, itertools.islice(stream, 1), optimizer, training, tqdm(disable=True))
+        train_epoch(itertools.islice(stream, 1), optimizer, training, tqdm(disable=True), Epoch())
 
     train = 0.0
     for progress, share in ((0.0, until), (1.0, 1 - until)):

@@ -16,6 +16,8 @@ class Recipe:
         schedule: "constant", or "cosine" from `lr` to `min_lr` after `warmup_epochs` epochs that rise from `warmup_lr`.
         layer_decay: factor of the rate from each block (timm's groups of layers) to the one before it, above 0 and at most 1:
             below 1 a pretrained body learns more slowly than the head.
+        ema: decay of a moving average of the weights, which is measured beside them at the end, in [0, 1); 0: none. It reaches
+            back about 1 / (1 - ema) steps, which should be far fewer than the run has (DeiT's and CSKD's codes: 0.99996).
         weight_decay: of weights with two or more dimensions; biases and one-dimensional weights have none.
         augment: a name in `data.augment.AUGMENTATIONS`.
         imbalance: "none", "class_weights" (in the cross-entropy with the labels), "balanced_sampler" or "smote".
@@ -44,6 +46,7 @@ class Recipe:
     aug_repeats: int = 1
     protocol: str = "honest"
     layer_decay: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -52,6 +55,8 @@ class Recipe:
             raise ValueError(f"a recipe needs epochs >= 1, batch_size >= 2 and lr > 0 (got {self})")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1 (got {self.layer_decay})")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1 (got {self.ema})")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine' (got {self.schedule!r})")
         if self.protocol not in ("honest", "paper"):

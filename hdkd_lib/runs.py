@@ -39,13 +39,13 @@ from hdkd_lib.metrics import Predictions
 from hdkd_lib.parameters import one_sentence
 
 ROOT = Path(__file__).parents[1]
-PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv"}
+PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv", "ema": "predictions_ema.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
 # Options that are no more, with the value that all runs since have; and one that came later, with the value of those before.
 GONE = {"stage_exponent": 1.0, "projection": False}
 NEW = {"Supervised": {"probe": False}, "DeiT": {"standardise_logits": False}}
-NEW_IN_RECIPES = {"layer_decay": 1.0}
+NEW_IN_RECIPES = {"layer_decay": 1.0, "ema": 0.0}
 
 
 def results_dir() -> Path:

@@ -2,10 +2,14 @@
 
 import math
 import os
+import random
+import signal
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import random_seed
+from timm.utils import random_seed, unwrap_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +29,7 @@ from hdkd_lib.data import Data
 from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.batches import Files, Preprocess, batches
 from hdkd_lib.data.imbalance import class_weights, smote
-from hdkd_lib.device import autocast, resolve_device, resolve_precision
+from hdkd_lib.device import autocast, resolve_compile, resolve_device, resolve_precision, tune
 from hdkd_lib.evaluation import check_classes, evaluate, predict
 from hdkd_lib.methods.base import Distillation, Method
 from hdkd_lib.methods.teacher import check_provenance, check_skill
@@ -45,7 +49,9 @@ class Training:
     device: torch.device
     precision: str
     cache_on_device: str | bool = "auto"
+    compile: bool = False
     resume: bool = True
+    checkpoint_seconds: float = 60.0
 
 
 def fit(
@@ -58,17 +64,20 @@ def fit(
     device: str = "auto",
     precision: str = "auto",
     cache_on_device: str | bool = "auto",
+    compile: str | bool = "auto",
     num_processes: int = 1,
+    checkpoint_seconds: float = 60.0,
     resume: bool = True,
     force: bool = False,
 ) -> Run:
     """Trains the task's student, measures it and returns the run; a finished one of the same configuration is not repeated.
 
     The epoch with the highest validation balanced accuracy (then the lowest validation cross-entropy) is "best". The test part
-    is touched once, at the end, with those weights and with the last ones; the predictions of both are kept. Each epoch draws
-    its randomness from (seed, epoch) alone, so an interrupted and resumed run ends with the weights of an uninterrupted one
-    (bitwise on one CPU with one number of threads). With `recipe.protocol` "paper" the test part chooses the epoch, by
-    accuracy.
+    is touched once, at the end, with those weights, with the last ones and with their moving average, if the recipe has one;
+    the predictions of each are kept. An interrupted and resumed run ends with the weights of an uninterrupted one (bitwise on
+    one CPU with one number of threads): each epoch draws its randomness from (seed, epoch) alone, and a checkpoint within an
+    epoch keeps the generators (image files are cropped in other processes: those crops are drawn anew). On SIGTERM the run
+    keeps its state before it ends. With `recipe.protocol` "paper" the test part chooses the epoch, by accuracy.
 
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
@@ -76,20 +85,28 @@ def fit(
         precision: "float32" (on NVIDIA's GPUs PyTorch's: convolutions in TF32), "bf16" (autocast), or "auto": bf16 on GPUs that
             have it.
         cache_on_device: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
+        compile: whether networks are compiled (torch.compile); "auto": on GPUs, if the run is long enough to repay it. Like
+            num_processes it is no part of the configuration: the weights differ by rounding.
         num_processes: train in so many processes, each with its share of every batch, on as many GPUs, or on the CPU. It is no
             part of the configuration: the weights are those of one process but for rounding where nothing is drawn for a batch
             (augmentation, mixup) or counted in one (class weights, DearKD's standardised targets, and on CPUs batch norm).
+        checkpoint_seconds: how much work may be lost; besides, each epoch ends with a checkpoint. In several processes there
+            are the epochs' alone.
         resume: whether to go on from the folder's checkpoint.
         force: whether a teacher may teach that is no better than chance on the validation part.
 
     Raises:
         ValueError: the classes of data and student differ, an argument is unknown, the task was trained in another run, or the
             teacher is at chance level, was trained on other classes or has seen test images.
-        FloatingPointError: the loss is no longer a number; the checkpoint of the epoch before is kept.
+        FloatingPointError: the loss is no longer a number; the last checkpoint is kept.
+        MemoryError: a batch does not fit the device's memory.
     """
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     distributed.check_count(num_processes, device)
+    steps = recipe.epochs * math.ceil(len(data.train) / recipe.batch_size)
+    compile = resolve_compile(compile, device, steps)
+    tune(device)
     check_classes(task.student, data)
     is_distillation = isinstance(task, Distillation)
     if is_distillation:
@@ -119,7 +136,9 @@ def fit(
         if recipe.protocol == "paper":
             data = data.chosen_on_test()
             task.follow_paper()
-        training = Training(task, data, recipe, run, seed, device, precision, cache_on_device, resume)
+        training = Training(
+            task, data, recipe, run, seed, device, precision, cache_on_device, compile, resume, checkpoint_seconds
+        )
         if num_processes == 1:
             train(training)
         else:
@@ -133,47 +152,60 @@ def train(training: Training) -> None:
     task, data, recipe, run = training.task, training.data, training.recipe, training.run
     inputs, validation = Inputs(training), data.val.on_device(training.device, training.cache_on_device)
     optimizer, scheduler = make_optimizer(task, recipe)
-    history, best = _restore(training, optimizer)
-    network = distributed.wrap(task, training.device)
-    is_first = distributed.rank_and_count()[0] == 0
-    if is_first:
-        processes = {"processes": distributed.rank_and_count()[1]}
-        write_json(run.path / "environment.json", runs.environment(training.device) | processes)
+    if recipe.ema:
+        task.setup_ema(decay=recipe.ema)
+    history, best, epoch = _restore(training, optimizer)
+    distributed.sync_batch_norms(task, training.device)
+    if training.compile:
+        task.compile(dynamic=False)
+    distributed.prepare(task, training.device)
+    rank, processes = distributed.rank_and_count()
+    if rank == 0:
+        execution = {"processes": processes, "compiled": training.compile}
+        write_json(run.path / "environment.json", runs.environment(training.device) | execution)
         _write_split(run, data, with_groups=False)
         _announce(training, len(history))
     lag, criterion = (1, "accuracy") if recipe.protocol == "paper" else (0, "balanced_accuracy")
     bar = tqdm(
-        desc=type(task).__name__, initial=len(history) * len(inputs), total=recipe.epochs * len(inputs), unit="image",
-        unit_scale=True, leave=False, disable="TQDM_DISABLE" in os.environ or not is_first,
+        desc=type(task).__name__, initial=len(history) * len(inputs) + epoch.images, total=recipe.epochs * len(inputs),
+        unit="image", unit_scale=True, leave=False, disable="TQDM_DISABLE" in os.environ or rank > 0,
     )  # fmt: skip
-    for epoch in range(first := len(history), recipe.epochs):
-        start = time.perf_counter()
-        scheduler.step(max(0, epoch - lag))
-        task.set_progress(epoch / recipe.epochs)
-        row = {"epoch": epoch, "lr": max(group["lr"] for group in optimizer.param_groups)}
-        row |= train_epoch(network, inputs.epoch(epoch), optimizer, training, bar)
-        if not math.isfinite(row["train_loss"]):
-            raise FloatingPointError(
-                f"the loss of {type(task).__name__} became {row['train_loss']} in epoch {epoch}; lower lr (now {recipe.lr}) or "
-                f"set precision='float32' (now {training.precision}); {len(history)} epochs are kept in {run.path}"
-            )
-        seconds = time.perf_counter() - start
-        history.append(row)
-        if not is_first:
-            continue
-        scores = metrics.classification(predict(task, validation, precision=training.precision), data.val.labels)
-        row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
-        if (scores[criterion], -scores["nll"]) > (best[criterion], -best["nll"]):
-            best = {"epoch": epoch, criterion: scores[criterion], "nll": scores["nll"]}
-            _save_weights(task, run.path / "best.safetensors")
-        _save_checkpoint(training, optimizer, history, best)
-        if epoch == first and (left := (time.perf_counter() - start) * (recipe.epochs - epoch - 1)) > 60:
-            print(f"about {_duration(left)} to go")
-        bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{row['train_loss']:.3f}", val=f"{scores[criterion]:.3f}")
+    with _ended_by_sigterm() as is_ended:
+        for number in range(first := len(history), recipe.epochs):
+            start = time.perf_counter()
+            scheduler.step(max(0, number - lag))
+            task.set_progress(number / recipe.epochs)
+            row = {"epoch": number, "lr": max(group["lr"] for group in optimizer.param_groups)}
+            after_step = partial(_keep_within_epoch, training, optimizer, history, best, is_ended)
+            row |= train_epoch(inputs.epoch(number, epoch), optimizer, training, bar, epoch, after_step)
+            if not math.isfinite(row["train_loss"]):
+                raise FloatingPointError(
+                    f"the loss of {type(task).__name__} became {row['train_loss']} in epoch {number}; lower lr (now "
+                    f"{recipe.lr}) or set precision='float32' (now {training.precision}); {len(history)} epochs are kept in "
+                    f"{run.path}"
+                )
+            seconds, epoch = epoch.seconds, Epoch()
+            history.append(row)
+            if rank > 0:
+                continue
+            scores = metrics.classification(predict(task, validation, precision=training.precision), data.val.labels)
+            row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
+            if (scores[criterion], -scores["nll"]) > (best[criterion], -best["nll"]):
+                best = {"epoch": number, criterion: scores[criterion], "nll": scores["nll"]}
+                _save_weights(task.student, run.path / "best.safetensors")
+            _save_checkpoint(training, optimizer, history, best, epoch)
+            if number == first and (left := (time.perf_counter() - start) * (recipe.epochs - number - 1)) > 60:
+                print(f"about {_duration(left)} to go")
+            shown = {"loss": f"{row['train_loss']:.3f}", "val": f"{scores[criterion]:.3f}"}
+            bar.set_postfix(epoch=f"{number + 1}/{recipe.epochs}", **shown)
     bar.close()
-    if is_first:
-        _save_weights(task, run.path / "last.safetensors")
-        _finish(training, {"best": best["epoch"], "last": recipe.epochs - 1}, history)
+    if rank == 0:
+        epochs = {"last": recipe.epochs - 1, "best": best["epoch"]}
+        _save_weights(task.student, run.path / "last.safetensors")
+        if recipe.ema:
+            epochs["ema"] = epochs["last"]
+            _save_weights(task.get_eval_model(ema=True), run.path / "ema.safetensors")
+        _finish(training, epochs, history)
         (run.path / "checkpoint.pt").unlink()
         seconds = sum(row["seconds"] for row in history)
         print(
@@ -181,31 +213,116 @@ def train(training: Training) -> None:
         )
 
 
+@dataclass
+class Epoch:
+    """What an epoch has come to: steps, images, seconds, and the sums of accuracy and of every term of the loss."""
+
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    kept: float = 0.0  # seconds at its last checkpoint
+    names: list[str] = field(default_factory=list)
+    sums: Tensor | None = None  # on the device: nothing in a step waits for them
+    generators: dict | None = None  # their states, where it goes on
+
+    @torch.no_grad()
+    def add(self, result: dict[str, Tensor], label: Tensor) -> None:
+        self.steps, self.images = self.steps + 1, self.images + len(label)
+        terms = {name: term.detach().float() for name, term in result.items() if name != "output"}
+        self.names = ["accuracy", *terms]
+        correct = (result["output"].argmax(1) == label).sum(0, keepdim=True)
+        sums = torch.cat([correct, torch.stack(list(terms.values())) * len(label)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def means(self) -> dict[str, float]:
+        """Over the images of all processes; this is the epoch's one wait."""
+        means = distributed.sum_over_processes(self.sums) / (self.images * distributed.rank_and_count()[1])
+        return {f"train_{name}": mean for name, mean in zip(self.names, means.tolist(), strict=True)}
+
+
 def train_epoch(
-    network: nn.Module,
     inputs: Iterator[tuple[Tensor, Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     training: Training,
     bar: tqdm,
+    epoch: Epoch,
+    after_step: Callable[[Epoch], None] = lambda epoch: None,
 ) -> dict[str, float]:
-    """A step for each of the batches (`Inputs.epoch`); means over their images of every term of the loss, and accuracy."""
+    """A step for each of the batches (`Inputs.epoch`); means over their images of every term of the loss, and accuracy.
+
+    Raises:
+        MemoryError: a batch does not fit the device's memory.
+    """
     training.task.train()
-    totals, seen = defaultdict(lambda: torch.zeros((), device=training.device)), 0
+    start = time.perf_counter() - epoch.seconds
     for images, target, label in inputs:
-        with autocast(training.device, training.precision):
-            result = network(images, target)
-        optimizer.zero_grad()
-        result["loss"].backward()
-        optimizer.step()
-        with torch.no_grad():  # sums stay on the device: nothing in a step waits for it
-            seen += len(label)
-            totals["accuracy"] += (result["output"].argmax(1) == label).sum()
-            for name, term in result.items():
-                if name != "output":
-                    totals[name] += term.detach().float() * len(label)
+        try:
+            result = _step(training, optimizer, images, target)
+        except torch.OutOfMemoryError:
+            result = None  # what the step held is free once this block is left
+        if result is None:
+            raise MemoryError(_too_large(training, images, target))
+        epoch.add(result, label)
         bar.update(len(label) * distributed.rank_and_count()[1])
-    seen = distributed.sum_over_processes(totals, seen)
-    return {f"train_{name}": (total / seen).item() for name, total in totals.items()}  # the epoch's one wait
+        epoch.seconds = time.perf_counter() - start
+        after_step(epoch)
+    means = epoch.means()
+    epoch.seconds = time.perf_counter() - start
+    return means
+
+
+def _step(training: Training, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+    with autocast(training.device, training.precision):
+        result = training.task(images, target)
+    optimizer.zero_grad()
+    result["loss"].backward()
+    optimizer.step()
+    training.task.update_ema()
+    return result
+
+
+def _too_large(training: Training, images: Tensor, target: Tensor) -> str:
+    """What to say of a batch that does not fit, after trying halves of it."""
+    size = len(images) // 2
+    while size >= 2:
+        training.task.zero_grad()
+        try:
+            with autocast(training.device, training.precision):
+                loss = training.task(images[:size], target[:size])["loss"]
+            loss.backward()
+            break
+        except torch.OutOfMemoryError:
+            size //= 2
+    fits = f"batch_size={size} fits" if size >= 2 else "not even two do: take smaller images or a smaller network"
+    return f"{len(images)} images at a time do not fit the memory of {training.device}; {fits}"
+
+
+def _keep_within_epoch(
+    training: Training, optimizer: torch.optim.Optimizer, history: list[dict], best: dict, is_ended: Callable, epoch: Epoch
+) -> None:
+    """A checkpoint, if the last is too old or the process was asked to end."""
+    is_due = is_ended() or epoch.seconds - epoch.kept > training.checkpoint_seconds
+    if is_due and distributed.rank_and_count()[1] == 1:
+        epoch.kept = epoch.seconds
+        _save_checkpoint(training, optimizer, history, best, epoch)
+    if is_ended():
+        raise SystemExit
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[Callable[[], bool]]:
+    """Gives whether the process was asked to end; it does at the end of the block, as it would have without it."""
+    asked = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Inputs:
@@ -240,25 +357,27 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.part)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, number: int, so_far: Epoch | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, target, label): images (B, 3, H, W) as the student takes them; target (B,) is the label, or, with mixup,
-        (B, C) probabilities. What is drawn depends on the run's seed and the epoch's number alone."""
+        (B, C) probabilities. What is drawn depends on the run's seed and the epoch's number alone; an epoch that has come some
+        way goes on there."""
         random_seed(seed := (1_000_003 * (self.seed + 1) + number) % 2**32)  # torch's, NumPy's (mixup), Python's (erasing)
-        read = batches(self.part, self.size, shuffle=True, device=self.device, **self.order)
+        so_far = so_far or Epoch()
+        read = batches(self.part, self.size, shuffle=True, skip=so_far.steps, device=self.device, **self.order)
         for count, (images, label) in enumerate(read):
             if self.rank and count == 0:  # the order is drawn, the same in all processes; what follows is each one's own
                 random_seed(seed + self.rank)
+            if so_far.generators and count == 0:
+                _set_generators(so_far.generators, self.device)
             images = self.prepare(images)
             yield (images, label, label) if self.mix is None else (*self.mix(images, label), label)
 
 
 def make_optimizer(task: Method, recipe: Recipe) -> tuple[torch.optim.Optimizer, Scheduler]:
-    undecayed = getattr(task.student, "no_weight_decay", set)()
+    learner = task.get_trainable_module()
     layered = {} if recipe.layer_decay == 1 else {"layer_decay": recipe.layer_decay}
     make_groups = param_groups_layer_decay if layered else param_groups_weight_decay
-    groups = make_groups(task.student, recipe.weight_decay, no_weight_decay_list=undecayed, **layered)
-    if len(task.auxiliary):
-        groups += param_groups_weight_decay(task.auxiliary, recipe.weight_decay)
+    groups = make_groups(learner, recipe.weight_decay, no_weight_decay_list=learner.no_weight_decay(), **layered)
     is_fused = next(task.student.parameters()).device.type != "mps"
     optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, weight_decay=0.0, fused=is_fused)
     scheduler, _ = create_scheduler_v2(
@@ -273,28 +392,53 @@ def make_optimizer(task: Method, recipe: Recipe) -> tuple[torch.optim.Optimizer,
     return optimizer, scheduler
 
 
-def _restore(training: Training, optimizer: torch.optim.Optimizer) -> tuple[list[dict], dict]:
-    """The history so far and the best epoch, with networks and optimiser as the checkpoint has them, if there is one."""
+def _restore(training: Training, optimizer: torch.optim.Optimizer) -> tuple[list[dict], dict, Epoch]:
+    """The history so far, the best epoch and what the next one has come to, with networks and optimiser as the checkpoint has
+    them, if there is one."""
     checkpoint, task = training.run.path / "checkpoint.pt", training.task
     if not (training.resume and checkpoint.exists()):
-        return [], {"accuracy": -1.0, "balanced_accuracy": -1.0, "nll": math.inf}
-    state = torch.load(checkpoint, map_location=training.device, weights_only=True)
-    task.student.load_state_dict(state["student"])
-    task.auxiliary.load_state_dict(state["auxiliary"])
+        return [], {"accuracy": -1.0, "balanced_accuracy": -1.0, "nll": math.inf}, Epoch()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # the generators' states are for the CPU
+    task.load_checkpoint_state(state["state_dict"], state["task_state"])
+    if task.has_ema():
+        task.load_checkpoint_state(state["state_dict_ema"], state["task_state_ema"], ema=True)
     optimizer.load_state_dict(state["optimizer"])
-    return state["history"], state["best"]
+    epoch = Epoch(**state["epoch"])
+    epoch.sums = None if epoch.sums is None else epoch.sums.to(training.device)
+    return state["history"], state["best"], epoch
 
 
-def _save_checkpoint(training: Training, optimizer: torch.optim.Optimizer, history: list[dict], best: dict) -> None:
+def _save_checkpoint(
+    training: Training, optimizer: torch.optim.Optimizer, history: list[dict], best: dict, epoch: Epoch
+) -> None:
+    """All that is needed to go on, after the epochs of the history and the steps of the one after them."""
     task, folder = training.task, training.run.path
-    networks = {"student": task.student.state_dict(), "auxiliary": task.auxiliary.state_dict()}
-    state = {**networks, "optimizer": optimizer.state_dict(), "history": history, "best": best}
+    state = task.get_checkpoint_state() | (task.get_checkpoint_state(ema=True) if task.has_ema() else {})
+    state |= {"optimizer": optimizer.state_dict(), "history": history, "best": best}
+    state["epoch"] = vars(epoch) | {"generators": _generators(training.device) if epoch.steps else None}
     write_atomically(folder / "checkpoint.pt", lambda aside: torch.save(state, aside))
     write_atomically(folder / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
 
 
-def _save_weights(task: Method, path: Path) -> None:
-    weights = {name: value.contiguous() for name, value in task.student.state_dict().items()}
+def _generators(device: torch.device) -> dict:
+    """The states of torch's, NumPy's (mixup) and Python's generators."""
+    _, keys, *numpy = np.random.get_state()  # noqa: NPY002, the one that timm's mixup draws from
+    states = {"torch": torch.get_rng_state(), "numpy": [torch.from_numpy(keys.astype(np.int64)), *numpy]}
+    states["python"] = random.getstate()
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_generators(states: dict, device: torch.device) -> None:
+    keys, *numpy = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy))  # noqa: NPY002
+    random.setstate(states["python"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _save_weights(network: nn.Module, path: Path) -> None:
+    weights = {name: value.contiguous() for name, value in unwrap_model(network).state_dict().items()}
     write_atomically(path, lambda aside: save_file(weights, aside, metadata={"format": "pt"}))
 
 
@@ -325,19 +469,19 @@ def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> 
     task, data, run = training.task, training.data, training.run
     _write_split(run, data, with_groups=True)
     measured = {}
-    for which, file in (("last", "predictions_last.csv"), ("best", "predictions.csv")):
+    for which, epoch in epochs.items():
         task.student.load_state_dict(load_file(run.path / f"{which}.safetensors"))
         probabilities = predict(task, data.test, precision=training.precision)
         validated = predict(task, data.val, precision=training.precision)
         measured[which] = {
-            "epoch": epochs[which],
+            "epoch": epoch,
             "val": metrics.classification(validated, data.val.labels),
             "test": metrics.classification(probabilities, data.test.labels),
         }
         table = pd.DataFrame(probabilities.numpy(), columns=data.classes).round(6)
         table.insert(0, "label", [data.classes[label] for label in data.test.labels])
         table.insert(0, "id", data.test.ids)
-        write_atomically(run.path / file, lambda aside, table=table: table.to_csv(aside, index=False))
+        write_atomically(run.path / runs.PREDICTIONS[which], lambda aside, table=table: table.to_csv(aside, index=False))
         if which == "last":  # has it learned its images? In training it sees them augmented
             fitted = predict(task, data.train, precision=training.precision).argmax(1) == data.train.labels
             measured[which]["train"] = {"accuracy": round(fitted.float().mean().item(), 6)}

@@ -13,50 +13,54 @@ from hdkd_lib.methods import DearKD, Supervised
 def of_two(monkeypatch):
     """This process is the first of two, which do not talk."""
     monkeypatch.setattr(distributed, "rank_and_count", lambda: (0, 2))
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda task, **options: nn.Sequential(task))
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnety_002", "hdkd_teacher_nano"])
 def test_synchronised_batch_norms_keep_their_activations(name, build, of_two):
     task = DearKD(student=build("deit_tiny_distilled_patch16_224", img_size=32, depth=4), teacher=build("resnet10t"))
-    task.trainable_module = build(name).eval()
+    task.trainable_module.student = build(name).eval()
     images = torch.randn(2, 3, 32, 32)
     before = task.student(images)
-    [wrapped] = distributed.wrap(task, torch.device("cuda"))
-    assert wrapped is task
+    distributed.sync_batch_norms(task, torch.device("cuda"))
     assert_close(task.student(images), before)
-    norms = [
-        m for part in (task.student, task.auxiliary) for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ]
+    norms = [m for m in task.trainable_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert any(isinstance(norm, nn.SyncBatchNorm) for norm in task.auxiliary.modules())
 
 
 def test_batch_norms_are_synchronised_on_gpus_alone(build, of_two):
     task = Supervised(student=build("hdkd_teacher_nano"))
-    distributed.wrap(task, torch.device("cpu"))
+    distributed.sync_batch_norms(task, torch.device("cpu"))
     assert any(isinstance(m, nn.BatchNorm2d) for m in task.modules())
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in task.modules())
 
 
-def test_one_process_trains_the_task_itself(build):
+def test_one_process_trains_the_task_as_it_is(build):
     assert distributed.rank_and_count() == (0, 1)
     task = Supervised(student=build("hdkd_teacher_nano"))
-    assert distributed.wrap(task, torch.device("cuda")) is task
+    learner = task.trainable_module
+    distributed.sync_batch_norms(task, torch.device("cuda"))
+    distributed.prepare(task, torch.device("cuda"))
+    assert task.trainable_module is learner
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in task.modules())
 
 
-def test_totals_are_summed_and_images_counted_over_processes(of_two, monkeypatch):
+@pytest.mark.parametrize("option", ["forward_sync_buffers", "broadcast_buffers"])  # its name before torch 2.13
+def test_buffers_are_each_processs_own_whatever_torch_calls_that(option, build, of_two, monkeypatch):
+    monkeypatch.setattr(distributed, "DDP_OPTIONS", [option])
+    task, asked = Supervised(student=build("hdkd_teacher_nano")), {}
+    monkeypatch.setattr(task, "prepare_distributed", lambda **options: asked.update(options))
+    distributed.prepare(task, torch.device("cuda", 1))
+    assert asked == {"device_ids": [torch.device("cuda", 1)], option: False}
+
+
+def test_sums_are_over_processes(of_two, monkeypatch):
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda total: total.mul_(2))
-    totals = {"loss": torch.tensor(1.5), "accuracy": torch.tensor(3.0)}
-    assert distributed.sum_over_processes(totals, 7) == 14
-    assert totals == {"loss": 3.0, "accuracy": 6.0}
+    assert torch.equal(distributed.sum_over_processes(torch.tensor([1.5, 3.0])), torch.tensor([3.0, 6.0]))
 
 
 def test_in_one_process_sums_are_its_own():
-    totals = {"loss": torch.tensor(1.5)}
-    assert distributed.sum_over_processes(totals, 7) == 7
-    assert totals == {"loss": 1.5}
+    assert torch.equal(distributed.sum_over_processes(torch.tensor([1.5])), torch.tensor([1.5]))
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def timed(loaded, monkeypatch):
     """
     actions, steps, train_epoch = [], [], estimate.train_epoch
 
-    def watch(task, *arguments):
-        steps.append((task, task.progress))
-        return train_epoch(task, *arguments)
+    def watch(inputs, optimizer, training, *arguments):
+        steps.append((training.task, training.task.progress))
+        return train_epoch(inputs, optimizer, training, *arguments)
 
     def time(action, device):
         before = len(steps)

@@ -8,7 +8,7 @@ from hdkd_lib.recipes import Recipe
 
 def test_hdkds_recipes_are_those_of_the_official_code():
     shared = {"epochs": 200, "batch_size": 16, "augment": "hdkd", "imbalance": "none", "aug_repeats": 1}
-    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest", "layer_decay": 1}
+    shared |= {"mixup": 0, "cutmix": 0, "label_smoothing": 0, "protocol": "honest", "layer_decay": 1, "ema": 0}
     assert asdict(recipes.get("hdkd_teacher")) == {
         **shared,
         **{"optimizer": "adam", "lr": 1e-3, "weight_decay": 0, "schedule": "constant"},
@@ -25,7 +25,15 @@ def test_deits_recipe_is_that_of_its_code():
     assert asdict(recipes.get("deit")) == {
         **{"epochs": 300, "batch_size": 1024, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine"},
         **{"min_lr": 1e-5, "warmup_epochs": 5, "warmup_lr": 1e-6, "augment": "deit", "imbalance": "none"},
-        **{"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "aug_repeats": 3, "protocol": "honest", "layer_decay": 1},
+        **{
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "label_smoothing": 0.1,
+            "aug_repeats": 3,
+            "protocol": "honest",
+            "layer_decay": 1,
+            "ema": 0,
+        },
     }
 
 

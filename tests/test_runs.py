@@ -171,7 +171,7 @@ def test_names_of_older_runs_are_read_as_todays(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     config = Run(tmp_path).config
     assert config["method"] == {"name": "DearKD", "distill_type": "hard", "distill_until": 0.5, "student": {"name": "kind"}}
-    assert config["recipe"] == {"aug_repeats": 3, "layer_decay": 1.0}
+    assert config["recipe"] == {"aug_repeats": 3, "layer_decay": 1.0, "ema": 0.0}
     assert Run.create(tmp_path, config).path == tmp_path, "it is the same run: nothing was set aside"
     assert json.loads((tmp_path / "config.json").read_text()) == old
 

@@ -208,11 +208,11 @@ def test_the_bar_counts_images_from_where_the_run_goes_on(alone, digits, tmp_pat
 
 def test_the_bar_counts_the_images_of_all_processes(alone, digits, monkeypatch):
     monkeypatch.setattr(distributed, "rank_and_count", lambda: (0, 2))
-    monkeypatch.setattr(distributed, "sum_over_processes", lambda totals, count: 2 * count)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda total: 2 * total)
     task, bar = alone(), type("Made", (Bar,), {"made": []})(initial=0)
     job = Training(task, digits, SHORT, None, 0, torch.device("cpu"), "float32")
     seen = watched(task)
-    training.train_epoch(task, Inputs(job).epoch(0), training.make_optimizer(task, SHORT)[0], job, bar)
+    training.train_epoch(Inputs(job).epoch(0), training.make_optimizer(task, SHORT)[0], job, bar, training.Epoch())
     assert len(labels_in(seen)) == 60
     assert bar.count == 120
 
@@ -693,7 +693,7 @@ def test_a_loss_that_is_no_number_names_epoch_and_remedy_and_keeps_the_checkpoin
         fit(task, digits, SHORT, tmp_path, **ON_CPU)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert len(state["history"]) == 1
-    assert all(value.isfinite().all() for value in state["student"].values())
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
     assert len(fit(alone(), digits, SHORT, tmp_path, **ON_CPU).history) == 2
 
 

@@ -115,6 +115,7 @@ def batches(
     repeats: int = 1,
     crop: bool = False,
     even: bool = False,
+    skip: int = 0,
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
     workers: int | None = None,
@@ -130,6 +131,7 @@ def batches(
             (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
         crop: whether files are cropped at random; without effect on decoded images.
         even: leave out the last image of a batch of an odd number (mixup pairs them).
+        skip: leave out so many batches, which are drawn as the others are.
         shard: (i, n) gives the i-th of n equal parts of every batch; what does not divide is left out.
 
     A last batch of one image is left out when shuffling (unless `size` is one): batch norm has no variance for it.
@@ -144,7 +146,7 @@ def batches(
         chunks.pop()
     index, shards = shard
     multiple = shards * (2 if even else 1)
-    chunks = [chunk[: len(chunk) // multiple * multiple][index::shards] for chunk in chunks if len(chunk) >= multiple]
+    chunks = [chunk[: len(chunk) // multiple * multiple][index::shards] for chunk in chunks if len(chunk) >= multiple][skip:]
 
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", say, as tensors there have it
     if isinstance(part.images, Files):

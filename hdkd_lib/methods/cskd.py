@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdkd_lib.losses import logit_distillation
-from hdkd_lib.methods.base import Distillation
+from hdkd_lib.methods.base import Distillation, answers
 
 SCHEDULES = {
     "linear": lambda progress: 1 - progress,
@@ -97,6 +97,26 @@ def local_responses(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
     return local, teacher.forward_head(features)
 
 
+def patch_logits(student: nn.Module, tokens: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Logits (N, K, h, w) of a student's patch tokens, averaged over the cells of a grid no finer than its own.
+
+    Args:
+        tokens: all of the student's last tokens (N, L, D) of the images.
+
+    Raises:
+        ValueError: the patch tokens do not fill the student's grid.
+    """
+    patches = tokens[:, student.num_prefix_tokens :]
+    own = student.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    if patches.shape[1] != own[0] * own[1]:
+        raise ValueError(f"the student has {patches.shape[1]} patch tokens for a grid of {own[0]}x{own[1]} places")
+    maps = patches.unflatten(1, own).movedim(3, 1)
+    pooled = _pool(maps, common_grid(own, grid)).movedim(1, 3)
+    if hasattr(student, "head_dist"):
+        return student.head_dist(pooled).movedim(3, 1)
+    return student.head(getattr(student, "fc_norm", nn.Identity())(pooled)).movedim(3, 1)
+
+
 class CSKD(Distillation):
     """`CSKD(student=..., teacher=...)(images, target)` gives `loss`, `output`, and the class, distillation and spatial `_loss`.
 
@@ -127,8 +147,9 @@ class CSKD(Distillation):
         schedule: str = "linear",
         prediction: int = 3,
         distill_until: float = 1.0,
+        total_steps: int | None = None,
     ):
-        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until, total_steps=total_steps)
         self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction="batchmean")
         decay(0.0, schedule)
         if spatial_weight < 0 or prediction not in (2, 3):
@@ -146,48 +167,48 @@ class CSKD(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        tokens = self.student.forward_features(images)
-        logits = self.student.forward_head(tokens)
-        class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
-        output = (class_logits + distillation_logits) / 2
-        if self.in_stage2:
-            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
-        local, global_ = local_responses(self.teacher.network, self.teacher.prepare(images))
-        if tuple(local.shape[2:]) == (1, 1):
+    @property
+    def changes_over_training(self) -> bool:
+        return super().changes_over_training or self.schedule not in ("local", "global")
+
+    @staticmethod
+    def student_pass(
+        student: nn.Module, auxiliary: nn.ModuleDict, images: Tensor, *, grid: tuple[int, int] | None = None
+    ) -> dict:
+        """The answers, and with a grid `patch_logits` on it."""
+        tokens = student.forward_features(images)
+        outputs = answers(student.forward_head(tokens))
+        return outputs if grid is None else {**outputs, "patch_logits": patch_logits(student, tokens, images, grid)}
+
+    def asks(self, teacher: dict | None) -> dict:
+        return {"grid": None if teacher is None else tuple(teacher["local"].shape[2:])}
+
+    def teach(self, images: Tensor) -> dict:
+        """The teacher's `local` responses (B, C, h, w) and its `logits` (B, C)."""
+        local, logits = local_responses(self.teacher.network, self.teacher.prepare(images))
+        return {"local": local, "logits": logits}
+
+    def terms(self, outputs: dict, teacher: dict | None, target: Tensor) -> dict[str, Tensor]:
+        if teacher is None:
+            return self.label_terms(outputs, target)
+        if tuple(teacher["local"].shape[2:]) == (1, 1):
             warnings.warn(
                 "the teacher's last map has one cell, so that CSKD has nothing spatial to teach: take larger images, or a "
                 "teacher of smaller stride (hdkd_teacher, or one trained with output_stride=8)",
                 stacklevel=2,
             )
-        fused = fuse(local, global_, decay(self.progress, self.schedule))
-        patch_logits = self.patch_logits(tokens, images, tuple(local.shape[2:]))
+        fused = fuse(teacher["local"], teacher["logits"], decay(self.progress, self.schedule))
         terms = {
-            "class_loss": self.cross_entropy(class_logits, target),
-            "distillation_loss": self.logit_loss(distillation_logits, global_),
-            "spatial_loss": spatial_loss(patch_logits, fused, self.distill_type, self.tau),
+            "class_loss": self.cross_entropy(outputs["class_logits"], target),
+            "distillation_loss": self.logit_loss(outputs["distillation_logits"], teacher["logits"]),
+            "spatial_loss": spatial_loss(outputs["patch_logits"], fused, self.distill_type, self.tau),
         }
         loss = (1 - self.alpha) * terms["class_loss"] + self.alpha * terms["distillation_loss"]
-        return {"loss": loss + self.spatial_weight * terms["spatial_loss"], "output": output, **terms}
-
-    def patch_logits(self, tokens: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits (N, K, h, w) of the patch tokens, averaged over the cells of a grid no finer than the student's own."""
-        patches = tokens[:, self.student.num_prefix_tokens :]
-        own = self.student.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        if patches.shape[1] != own[0] * own[1]:
-            raise ValueError(f"the student has {patches.shape[1]} patch tokens for a grid of {own[0]}x{own[1]} places")
-        maps = patches.unflatten(1, own).movedim(3, 1)
-        pooled = _pool(maps, common_grid(own, grid)).movedim(1, 3)
-        return self._patch_head(pooled).movedim(3, 1)
-
-    def _patch_head(self, tokens: Tensor) -> Tensor:
-        if hasattr(self.student, "head_dist"):
-            return self.student.head_dist(tokens)
-        return self.student.head(getattr(self.student, "fc_norm", nn.Identity())(tokens))
+        return {"loss": loss + self.spatial_weight * terms["spatial_loss"], **terms}
 
     def predict(self, images: Tensor) -> Tensor:
         tokens = self.student.forward_features(images)
         logits = self.student.forward_head(tokens)
         if self.prediction == 2:
             return logits
-        return (2 * logits + self.patch_logits(tokens, images, (1, 1)).flatten(1)) / 3
+        return (2 * logits + patch_logits(self.student, tokens, images, (1, 1)).flatten(1)) / 3

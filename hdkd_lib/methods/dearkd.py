@@ -15,13 +15,13 @@ epochs (with the first epoch that begins there or later) and trains both heads o
 steps run neither teacher nor aligners.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdkd_lib.methods.base import Distillation
+from hdkd_lib.methods.base import Distillation, answers
 from hdkd_lib.models.dearkd import ConvAttention
 
 
@@ -78,8 +78,9 @@ class DearKD(Distillation):
         taps: Mapping[int, int] = {1: 4, 3: 8},
         distill_until: float = 5 / 6,
         stage2: str = "both",
+        total_steps: int | None = None,
     ):
-        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until, total_steps=total_steps)
         self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction="batchmean")
         if hidden_weight < 0 or stage2 not in ("both", "class"):
             raise ValueError(
@@ -94,33 +95,47 @@ class DearKD(Distillation):
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        if self.in_stage2:
-            tokens = self.student.forward_features(images)
+    @staticmethod
+    def student_pass(
+        student: nn.Module, auxiliary: nn.ModuleDict, images: Tensor, *, taps: Sequence[int] = (), is_class_alone: bool = False
+    ) -> dict:
+        """The answers, and `aligned` maps of the blocks `taps`, one by one; `is_class_alone`: no other head learns."""
+        if taps:
+            tokens, hidden = student.forward_intermediates(images, list(taps))
         else:
-            tokens, hidden = self.student.forward_intermediates(images, list(self.taps) or [0])
-        logits = self.student.forward_head(tokens)
-        class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
-        class_loss = self.cross_entropy(class_logits, target)
-        terms = {"output": (class_logits + distillation_logits) / 2, "class_loss": class_loss}
+            tokens, hidden = student.forward_features(images), []
+        logits = student.forward_head(tokens)
+        if is_class_alone and isinstance(logits, tuple):
+            logits = logits[0], logits[1].detach()
+        return answers(logits) | {
+            "aligned": [auxiliary[f"aligner{block}"](maps) for block, maps in zip(taps, hidden, strict=True)]
+        }
+
+    def asks(self, teacher: dict | None) -> dict:
+        return {"is_class_alone": self.stage2 == "class"} if teacher is None else {"taps": tuple(self.taps)}
+
+    def teach(self, images: Tensor) -> dict:
+        return self.taps_of_teacher(images)
+
+    def terms(self, outputs: dict, teacher: dict | None, target: Tensor) -> dict[str, Tensor]:
+        class_loss = self.cross_entropy(outputs["class_logits"], target)
+        terms = {"class_loss": class_loss}
         if self.attentions:
             terms["gate"] = torch.stack([attention.gate.detach().sigmoid().mean() for attention in self.attentions]).mean()
-        if self.in_stage2:
-            if self.stage2 == "class":
-                return {"loss": class_loss, **terms}
-            return {**terms, **self.label_terms(class_logits, distillation_logits, target)}
-        teacher_logits, maps = self.teacher_outputs(images)
-        terms["distillation_loss"] = self.logit_loss(distillation_logits, teacher_logits)
+        if teacher is None:
+            return {**terms, "loss": class_loss} if self.stage2 == "class" else {**terms, **self.label_terms(outputs, target)}
+        terms["distillation_loss"] = self.logit_loss(outputs["distillation_logits"], teacher["logits"])
         loss = (1 - self.alpha) * class_loss + self.alpha * terms["distillation_loss"]
         if self.taps:
-            terms["hidden_loss"] = self.hidden_loss(hidden, maps)
+            terms["hidden_loss"] = hidden_loss(outputs["aligned"], teacher["maps"])
             loss = loss + self.hidden_weight * terms["hidden_loss"]
         return {"loss": loss, **terms}
 
-    def hidden_loss(self, hidden: list[Tensor], maps: list[Tensor]) -> Tensor:
-        """Mean over the taps of the mean squared difference of aligned tokens (B, D, h, w) and the teacher's maps."""
-        losses = []
-        for block, tokens, taught in zip(self.taps, hidden, maps, strict=True):
-            target = standardise(to_grid(taught, tuple(tokens.shape[2:])))
-            losses.append(F.mse_loss(self.auxiliary[f"aligner{block}"](tokens).to(target.dtype), target))
-        return torch.stack(losses).mean()
+
+def hidden_loss(aligned: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+    """Mean over the taps of the mean squared difference of aligned tokens (B, C, h, w) and the teacher's maps there."""
+    losses = []
+    for own, taught in zip(aligned, maps, strict=True):
+        target = standardise(to_grid(taught, tuple(own.shape[2:])))
+        losses.append(F.mse_loss(own.to(target.dtype), target))
+    return torch.stack(losses).mean()

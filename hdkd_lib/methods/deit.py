@@ -44,25 +44,21 @@ class DeiT(Distillation):
         reduction: str = "classes",
         standardise_logits: bool = False,
         distill_until: float = 1.0,
+        total_steps: int | None = None,
     ):
-        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until, total_steps=total_steps)
         settings = {"distill_type": distill_type, "alpha": alpha, "tau": tau, "reduction": reduction}
         self.set_logit_distillation(**settings, standardise_logits=standardise_logits)
         if hasattr(student, "set_distilled_training"):
             student.set_distilled_training(True)  # both heads' logits in training, their mean in eval mode
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logits = self.student(images)
-        class_logits, distillation_logits = logits if isinstance(logits, tuple) else (logits, logits)
-        output = (class_logits + distillation_logits) / 2
-        if self.in_stage2:
-            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
-        teacher_logits, _ = self.teacher(images)
-        class_loss = self.cross_entropy(class_logits, target)
-        distillation = self.logit_loss(distillation_logits, teacher_logits)
+    def terms(self, outputs: dict, teacher: dict | None, target: Tensor) -> dict[str, Tensor]:
+        if teacher is None:
+            return self.label_terms(outputs, target)
+        class_loss = self.cross_entropy(outputs["class_logits"], target)
+        distillation = self.logit_loss(outputs["distillation_logits"], teacher["logits"])
         return {
             "loss": (1 - self.alpha) * class_loss + self.alpha * distillation,
-            "output": output,
             "class_loss": class_loss,
             "distillation_loss": distillation,
         }

@@ -65,8 +65,9 @@ class HDKD(Distillation):
         reduction: str = "classes",
         prediction: float = 0.5,
         distill_until: float = 1.0,
+        total_steps: int | None = None,
     ):
-        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until, total_steps=total_steps)
         self.set_logit_distillation(distill_type=distill_type, alpha=alpha, tau=tau, reduction=reduction)
         if stage_weighting not in ("index", "number"):
             raise ValueError(f"stage_weighting must be 'index' or 'number' (got {stage_weighting!r})")
@@ -101,38 +102,55 @@ class HDKD(Distillation):
                 if isinstance(module, nn.BatchNorm2d):
                     module.momentum = 1 - 0.9**runs
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        indices = [stage - 1 for stage in self.stages]
-        tokens, student_maps = self.student.forward_intermediates(images, indices or [0])
-        class_logits, distillation_logits = self._heads(tokens)
-        output = self._prediction(class_logits, distillation_logits)
-        if self.in_stage2:
-            return {"output": output, **self.label_terms(class_logits, distillation_logits, target)}
-        teacher_logits, teacher_maps = self.teacher(images, indices)
-        distillation = self.logit_loss(distillation_logits, teacher_logits)
-        logit_loss = (1 - self.alpha) * self.cross_entropy(class_logits, target) + self.alpha * distillation
+    @staticmethod
+    def student_pass(
+        student: nn.Module, auxiliary: nn.ModuleDict, images: Tensor, *, stages: Sequence[int], weight: float
+    ) -> dict:
+        """The answers, and `maps` of the chosen stages; `weight` is that of the distillation head in `output`."""
+        if stages:
+            tokens, maps = student.forward_intermediates(images, [stage - 1 for stage in stages])
+        else:
+            tokens, maps = student.forward_features(images), []
+        return {**_answers(student, tokens, weight), "maps": maps}
+
+    def asks(self, teacher: dict | None) -> dict:
+        return {"stages": () if teacher is None else self.stages, "weight": self._weight}
+
+    def teach(self, images: Tensor) -> dict:
+        """`logits` (B, C) and `maps` of the chosen stages, from one pass."""
+        logits, maps = self.teacher(images, [stage - 1 for stage in self.stages])
+        return {"logits": logits, "maps": maps}
+
+    def terms(self, outputs: dict, teacher: dict | None, target: Tensor) -> dict[str, Tensor]:
+        if teacher is None:
+            return self.label_terms(outputs, target)
+        distillation = self.logit_loss(outputs["distillation_logits"], teacher["logits"])
+        logit_loss = (1 - self.alpha) * self.cross_entropy(outputs["class_logits"], target) + self.alpha * distillation
         features = logit_loss.new_zeros(())
-        if indices:
-            features = feature_loss(teacher_maps, student_maps, self.stages if self.stage_weighting == "number" else None)
+        if self.stages:
+            numbers = self.stages if self.stage_weighting == "number" else None
+            features = feature_loss(teacher["maps"], outputs["maps"], numbers)
         return {
             "loss": logit_loss + self.feature_weight * features,
-            "output": output,
             "logit_loss": logit_loss,
             "feature_loss": features,
         }
 
-    def predict(self, images: Tensor) -> Tensor:
-        return self._prediction(*self._heads(self.student.forward_features(images)))
-
-    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and distillation logits (B, C); the same where the student has one token."""
-        class_logits = self.student.head(tokens[:, 0])
-        return class_logits, class_logits if self.student.dist_token is None else self.student.head_dist(tokens[:, 1])
-
-    def _prediction(self, class_logits: Tensor, distillation_logits: Tensor) -> Tensor:
+    @property
+    def _weight(self) -> float:
         # At alpha = 0 nothing trains the distillation head: averaging it in, as the official code does, would add noise.
-        weight = self.prediction if self.alpha > 0 else 0.0
-        return class_logits + weight * (distillation_logits - class_logits) if weight else class_logits
+        return self.prediction if self.alpha > 0 else 0.0
+
+    def predict(self, images: Tensor) -> Tensor:
+        return _answers(self.student, self.student.forward_features(images), self._weight)["output"]
+
+
+def _answers(student: nn.Module, tokens: Tensor, weight: float) -> dict[str, Tensor]:
+    """Class and distillation logits (B, C), the same where the student has one token, and their weighted mean."""
+    class_logits = student.head(tokens[:, 0])
+    distillation_logits = class_logits if student.dist_token is None else student.head_dist(tokens[:, 1])
+    output = class_logits + weight * (distillation_logits - class_logits) if weight else class_logits
+    return {"class_logits": class_logits, "distillation_logits": distillation_logits, "output": output}
 
 
 def _shape(network: nn.Module, stage: int) -> tuple[int, int]:

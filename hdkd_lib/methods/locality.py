@@ -12,7 +12,7 @@ Facts were read in the official code (lkhl/tiny-transformers, as kept in sunshan
 distillation token answers by the mean of its heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,23 +50,35 @@ class LocalityGuidance(Distillation):
         guidance_weight: float = 2.5,
         taps: Mapping[int, int] = {0: 1, 6: 2, 11: 4},
         distill_until: float = 1.0,
+        total_steps: int | None = None,
     ):
-        super().__init__(student=student, teacher=teacher, distill_until=distill_until)
+        super().__init__(student=student, teacher=teacher, distill_until=distill_until, total_steps=total_steps)
         if guidance_weight < 0:
             raise ValueError(f"guidance_weight must be at least 0 (got {guidance_weight})")
         self.guidance_weight = guidance_weight
         for block, widths in self.set_taps(taps).items():
             self.auxiliary[f"projection{block}"] = nn.Conv2d(*widths, 1)
 
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        tokens, hidden = self.student.forward_intermediates(images, list(self.taps) or [0])
-        output = self.student.forward_head(tokens)
-        class_loss = self.cross_entropy(output, target)
-        if self.in_stage2:
-            return {"loss": class_loss, "output": output, "class_loss": class_loss}
-        _, maps = self.teacher_outputs(images)
+    @staticmethod
+    def student_pass(student: nn.Module, auxiliary: nn.ModuleDict, images: Tensor, *, taps: Sequence[int] = ()) -> dict:
+        """Logits (B, C) as `output`, and `projected` maps of the blocks `taps`, one by one."""
+        if not taps:
+            return {"output": student(images), "projected": []}
+        tokens, hidden = student.forward_intermediates(images, list(taps))
+        projected = [auxiliary[f"projection{block}"](maps) for block, maps in zip(taps, hidden, strict=True)]
+        return {"output": student.forward_head(tokens), "projected": projected}
+
+    def asks(self, teacher: dict | None) -> dict:
+        return {} if teacher is None else {"taps": tuple(self.taps)}
+
+    def teach(self, images: Tensor) -> dict:
+        return self.taps_of_teacher(images)
+
+    def terms(self, outputs: dict, teacher: dict | None, target: Tensor) -> dict[str, Tensor]:
+        class_loss = self.cross_entropy(outputs["output"], target)
+        if teacher is None:
+            return {"loss": class_loss, "class_loss": class_loss}
         guidance = class_loss.new_zeros(())
-        for block, found, taught in zip(self.taps, hidden, maps, strict=False):  # without taps `hidden` is of no use
-            guidance = guidance + guidance_loss(self.auxiliary[f"projection{block}"](found), taught)
-        loss = class_loss + self.guidance_weight * guidance
-        return {"loss": loss, "output": output, "class_loss": class_loss, "guidance_loss": guidance}
+        for own, taught in zip(outputs["projected"], teacher["maps"], strict=True):
+            guidance = guidance + guidance_loss(own, taught)
+        return {"loss": class_loss + self.guidance_weight * guidance, "class_loss": class_loss, "guidance_loss": guidance}

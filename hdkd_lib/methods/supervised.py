@@ -12,19 +12,12 @@ class Supervised(Method):
         probe: whether only the classifier learns (linear probing): all else is frozen and in eval mode.
     """
 
-    def __init__(self, *, student: nn.Module, probe: bool = False):
-        super().__init__(student=student)
-        self.probe = probe
+    def __init__(self, *, student: nn.Module, probe: bool = False, total_steps: int | None = None):
+        super().__init__(student=student, total_steps=total_steps)
+        self.probe = self.trainable_module.in_eval_mode = probe
         if probe:
             student.requires_grad_(False)
             student.get_classifier().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> "Supervised":
-        super().train(mode)
-        if self.probe:
-            self.student.eval()
-        return self
-
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        output = self.student(images)
-        return {"loss": self.cross_entropy(output, target), "output": output}
+    def terms(self, outputs: dict, teacher: None, target: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.cross_entropy(outputs["output"], target)}

@@ -29,6 +29,18 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
+    def move(self, device: torch.device) -> None:
+        """To a device, where it is not there yet: one copy, and one wait, for each type of number that it holds."""
+        elsewhere = [tensor for tensor in (*self.parameters(), *self.buffers()) if tensor.device != device]
+        moved = {}
+        for dtype in {tensor.dtype for tensor in elsewhere}:
+            tensors = [tensor for tensor in elsewhere if tensor.dtype == dtype]
+            packed = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(device)
+            pieces = packed.split([tensor.numel() for tensor in tensors])
+            moved |= {id(old): new.view(old.shape) for old, new in zip(tensors, pieces, strict=True)}
+        if moved:
+            self._apply(lambda tensor: moved.get(id(tensor), tensor))
+
     def prepare(self, images: Tensor) -> Tensor:
         """Images from the student's normalisation to the teacher's, which is set to eval mode again if need be."""
         if self.network.training:  # train() was called on the network itself

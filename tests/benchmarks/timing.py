@@ -32,8 +32,8 @@ def training_step(task, images: torch.Tensor, labels: torch.Tensor, precision: s
     """zero_grad, forward, backward and AdamW of a task as `fit` trains it, with an optimiser of its own."""
     task.to(images.device, memory_format=torch.channels_last).train()
     images = images.contiguous(memory_format=torch.channels_last)
-    parameters = [*task.student.parameters(), *task.auxiliary.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    task.set_progress(task.progress)
+    optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()

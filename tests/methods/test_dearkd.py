@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from hdkd_lib import models
 from hdkd_lib.methods import DearKD, DeiT
-from hdkd_lib.methods.dearkd import standardise, to_grid
+from hdkd_lib.methods.dearkd import hidden_loss, standardise, to_grid
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.training import fit
 
@@ -122,8 +122,8 @@ def test_the_hidden_loss_starts_near_one_whatever_the_teachers_scale(small_batch
     task = dearkd(teacher=cnn("hdkd_teacher_nano")).train()
     before = task(*small_batch)["hidden_loss"]
     _, maps = task.teacher(small_batch[0], [1, 2])
-    _, hidden = task.student.forward_intermediates(small_batch[0], [1, 3])
-    scaled, moved = (task.hidden_loss(hidden, [a * m + b for m in maps]) for a, b in ((30, 0), (300, 5)))
+    aligned = task.trainable_module(small_batch[0], taps=[1, 3])["aligned"]
+    scaled, moved = (hidden_loss(aligned, [a * m + b for m in maps]) for a, b in ((30, 0), (300, 5)))
     assert 0.9 < before < 1.7
     assert_close(scaled, before, rtol=1e-2, atol=0)
     assert_close(moved, scaled, rtol=1e-3, atol=0)
@@ -191,19 +191,18 @@ CNNS = [
 def test_maps_are_found_by_their_stride_in_every_family(name, monkeypatch):
     options = {"mlp_ratio": 1 / 256} if name == "vgg11_bn" else {}  # of its 120 million weights after the maps
     task = dearkd(teacher=cnn(name, **options), taps={0: 4, 2: 8}).train()
-    asked, given = [], []
-    hidden_loss, logit_loss = task.hidden_loss, task.logit_loss
-    monkeypatch.setattr(task, "hidden_loss", lambda hidden, maps: asked.append((hidden, maps)) or hidden_loss(hidden, maps))
-    monkeypatch.setattr(task, "logit_loss", lambda *logits: given.append(logits) or logit_loss(*logits))
+    given, terms = [], task.terms
+    monkeypatch.setattr(task, "terms", lambda *of: given.append(of) or terms(*of))
     images = torch.randn(2, 3, 32, 32)
     result = task(images, torch.tensor([0, 3]))
-    [(hidden, maps)], [(_, logits)] = asked, given
+    [(outputs, teacher, _)] = given
+    maps = teacher["maps"]
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 8), (4, 4)]
     for block, m in zip((0, 2), maps, strict=True):
         assert task.auxiliary[f"aligner{block}"][-1].out_channels == m.shape[1]
     with torch.no_grad():
-        assert_close(logits, task.teacher.network(task.teacher.prepare(images)))
-    assert [tuple(tokens.shape) for tokens in hidden] == [(2, 24, 4, 4)] * 2
+        assert_close(teacher["logits"], task.teacher.network(task.teacher.prepare(images)))
+    assert [tuple(aligned.shape) for aligned in outputs["aligned"]] == [(2, m.shape[1], 4, 4) for m in maps]
     result["hidden_loss"].backward(retain_graph=True)
     taught = [task.student.patch_embed.proj.weight, task.student.blocks[2].mlp.fc2.weight, *task.auxiliary.parameters()]
     for parameter in taught:
@@ -224,27 +223,27 @@ def test_each_block_is_taught_by_its_own_map(taps, strides, small_batch, caught,
     assert task.taps == dict(zip(blocks, strides, strict=True))
     tokens = [caught(task.student.blocks[block]) for block in blocks]
     layers = {4: caught(task.teacher.network.layer1), 8: caught(task.teacher.network.layer2)}
-    expected, hidden_loss, asked = [], task.hidden_loss, []
-    monkeypatch.setattr(task, "hidden_loss", lambda *given: asked.append(given) or hidden_loss(*given))
+    expected, given, terms = [], [], task.terms
+    monkeypatch.setattr(task, "terms", lambda *of: given.append(of) or terms(*of))
     result = task(*small_batch)
-    [(hidden, maps)] = asked
-    for block, stride, [S], own, m in zip(blocks, strides, tokens, hidden, maps, strict=True):
-        assert_close(own, S[:, 2:].transpose(1, 2).unflatten(2, (4, 4)))
+    [(outputs, teacher, _)] = given
+    for block, stride, [S], own, m in zip(blocks, strides, tokens, outputs["aligned"], teacher["maps"], strict=True):
+        assert_close(own, task.auxiliary[f"aligner{block}"](S[:, 2:].transpose(1, 2).unflatten(2, (4, 4))))
         assert torch.equal(m, layers[stride][0])
         T = standardise(m if stride == 8 else F.avg_pool2d(m, 2))
-        expected.append(F.mse_loss(task.auxiliary[f"aligner{block}"](own), T))
+        expected.append(F.mse_loss(own, T))
     assert_close(result["hidden_loss"], sum(expected) / len(expected))
     assert len(layers[4]) == 1, "one pass of the teacher"
 
 
 def test_the_teachers_outputs_are_its_answer_and_a_map_for_each_tap(small_batch):
     task = dearkd(taps={0: 8, 1: 4, 2: 8})
-    logits, maps = task.teacher_outputs(small_batch[0])
+    logits, maps = task.teach(small_batch[0]).values()
     sides = [32 // stride for stride in task.taps.values()]
     assert [tuple(found.shape[2:]) for found in maps] == [(side, side) for side in sides]
     assert torch.equal(maps[0], maps[2])
     assert_close(logits, task.teacher(small_batch[0])[0])
-    assert dearkd(taps={}).teacher_outputs(small_batch[0])[1] == []
+    assert dearkd(taps={}).teach(small_batch[0])["maps"] == []
 
 
 def test_taps_are_in_the_order_of_blocks_not_of_their_names():
@@ -380,10 +379,31 @@ def test_in_stage_2_the_teacher_leaves_the_students_device(monkeypatch):
     task = dearkd(distill_until=0.5)
     places = []
     task.student.to("meta")
-    monkeypatch.setattr(task.teacher, "to", places.append)
+    monkeypatch.setattr(task.teacher, "move", places.append)
     for progress in (0.0, 0.49, 0.5):
         task.set_progress(progress)
     assert list(map(str, places)) == ["meta", "meta", "cpu"]
+
+
+def test_a_teacher_moves_with_one_copy_for_each_type_of_number(small_batch, monkeypatch):
+    teacher = dearkd().teacher
+    types = {tensor.dtype for tensor in (*teacher.parameters(), *teacher.buffers())}
+    copies, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: copies.append(where) or to(tensor, *where, **how))
+    teacher.move(torch.device("cpu"))
+    assert copies == []
+    teacher.move(torch.device("meta"))
+    assert copies == [(torch.device("meta"),)] * len(types)
+    assert {str(tensor.device) for tensor in (*teacher.parameters(), *teacher.buffers())} == {"meta"}
+
+
+def test_a_teacher_that_moved_is_the_same(small_batch):
+    teacher = dearkd().teacher
+    before, state = teacher(small_batch[0])[0], {name: value.clone() for name, value in teacher.state_dict().items()}
+    teacher.move(torch.device("cpu", 0))  # not the name that tensors have, so that all of them move
+    assert_close(dict(teacher.state_dict()), state, rtol=0, atol=0)
+    assert torch.equal(teacher(small_batch[0])[0], before)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_an_earlier_epoch_may_follow_a_later_one(small_batch):

@@ -97,7 +97,9 @@ def test_a_notebooks_own_class_has_its_name_alone(elsewhere, build, monkeypatch)
 def test_options_are_the_constructors_arguments_but_the_networks():
     for method in ALL:
         arguments = [
-            name for name in inspect.signature(method.__init__).parameters if name not in ("self", "student", "teacher")
+            name
+            for name in inspect.signature(method.__init__).parameters
+            if name not in ("self", "student", "teacher", "total_steps")
         ]
         assert method.options() == arguments
     assert Supervised.options() == ["probe"]
