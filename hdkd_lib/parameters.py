@@ -43,7 +43,7 @@ def one_sentence(function: Callable) -> Callable:
     def call(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__", "").split(".")[0] == "hdkd_lib":
                 sentence = f"{type(error).__name__}: {error}"

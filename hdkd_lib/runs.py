@@ -6,8 +6,8 @@
     split.csv          id, part and group of every image used; images of one group are never in two parts
     history.csv        one row per epoch
     predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class;
-                       predictions_last.csv: weights of the last epoch
-    best.safetensors, last.safetensors   weights of the best validation epoch and of the last
+                       predictions_last.csv: weights of the last epoch; predictions_ema.csv: their moving average
+    best.safetensors, last.safetensors   weights of the best validation epoch and of the last; ema.safetensors, if asked for
     checkpoint.pt      while it runs: all that is needed to go on
     run.ipynb          the executed notebook, where a plan ran it
     metrics.json       written last: a run is finished if it exists
@@ -202,7 +202,7 @@ class Run:
         return table[table.split == key].drop(columns="split").dropna(axis=1, how="all")
 
     def predictions(self, epoch: str = "best") -> Predictions:
-        """Of the test part, by the weights of the "best" validation epoch or of the "last".
+        """Of the test part, by the weights of the "best" validation epoch, of the "last", or their moving average ("ema").
 
         Raises:
             FileNotFoundError: they are not there; runs before there was a choice kept those of the best epoch only.
@@ -234,7 +234,7 @@ class Run:
         return json.loads((self.path / f"{name}.json").read_text()) if self._packed is None else self._packed[name]
 
     def student(self, which: str = "best") -> nn.Module:
-        """The trained network in eval mode, with the weights of the "best" validation epoch or of the "last".
+        """The trained network in eval mode, with the weights of the "best" validation epoch, of the "last" or averaged ("ema").
 
         It remembers the images that it has seen (`trained_on`), so that it cannot teach where they are test images.
         """
@@ -288,8 +288,8 @@ def load(folder: str | Path) -> pd.DataFrame:
     Networks trained without a teacher come first, then by name. Columns: run (the arm, with the fraction of the training part
     if that is not 1), arm, replicate, path, method, student, teacher, dataset, image_size, protocol, fold, fraction, draw,
     seed, epochs, epoch, parameters, seconds, images_per_second, selection (the part that chose the epoch), precision, device,
-    commit, the test metrics of the chosen epoch (`last_...` those of the last epoch), and last_train_accuracy, on the training
-    images without augmentation. What older runs did not record is nan.
+    commit, the test metrics of the chosen epoch (`last_...` those of the last epoch, `ema_...` of the moving average), and
+    last_train_accuracy, on the training images without augmentation. What older runs did not record is nan.
 
     Raises:
         FileNotFoundError: no finished run is there.
@@ -326,7 +326,12 @@ def load(folder: str | Path) -> pd.DataFrame:
                 "device": where["device"],
                 "commit": where.get("commit", ""),
                 **{key: value for key, value in metrics["best"]["test"].items() if key != "confusion"},
-                **{f"last_{key}": value for key, value in metrics["last"]["test"].items() if key != "confusion"},
+                **{
+                    f"{epoch}_{key}": value
+                    for epoch in ("last", "ema")
+                    for key, value in metrics.get(epoch, {}).get("test", {}).items()
+                    if key != "confusion"
+                },
                 "last_train_accuracy": metrics["last"].get("train", {}).get("accuracy", np.nan),
             }
         )
@@ -353,7 +358,7 @@ def remeasure(folder: str | Path) -> int:
         raise FileNotFoundError(f"no finished run in {folder}; give a plan's folder in results/runs")
     for run in map(Run, found):
         measured = run.metrics
-        for epoch in PREDICTIONS:
+        for epoch in measured.keys() & PREDICTIONS:
             of = run.predictions(epoch)
             scores = metrics.classification(torch.tensor(of.probabilities).float(), torch.tensor(of.labels))
             measured[epoch]["test"] = scores

@@ -110,7 +110,7 @@ def contrast(pairs: pd.DataFrame, metric: str, epoch: str, smallest: float, cont
         tested = [frozenset(a.ids) for a, _ in scored]
     except FileNotFoundError:
         scored, tested = None, list(pairs.fold)
-        column = metric if epoch == "best" else f"last_{metric}"
+        column = metric if epoch == "best" else f"{epoch}_{metric}"
         differences = (pairs[column] - pairs[f"{column}_b"]).to_numpy()
     if scored is not None:
         differences = np.array([weighted(metric, a)[0] - weighted(metric, b)[0] for a, b in scored])
@@ -131,9 +131,10 @@ def contrast(pairs: pd.DataFrame, metric: str, epoch: str, smallest: float, cont
 def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame:
     """One row per arm: what it is, and its test scores in percent, mean ± 95 % t interval over replicates.
 
-    The plan's metric (balanced accuracy without a plan) at the last epoch and at the one that validation chose; accuracy on the
-    training images without augmentation, marked where a network has not learned them; the lead of the teacher over the plain
-    student, which the arm descends from by `like`; other metrics at the last epoch.
+    The plan's metric (balanced accuracy without a plan) at the last epoch, at the one that validation chose, and by the moving
+    average of the weights, where runs have one; accuracy on the training images without augmentation, marked where a network
+    has not learned them; the lead of the teacher over the plain student, which the arm descends from by `like`; other metrics
+    at the last epoch.
     """
     plan = plan or {}
     metric, rows = plan.get("metric", "balanced_accuracy"), []
@@ -142,6 +143,7 @@ def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame
         learned = group.last_train_accuracy.mean()
         mark = "" if math.isnan(learned) else f"{100 * learned:.1f}" + (" (not learned)" if learned < LEARNED else "")
         teacher = _taught_by(plan, first.arm)
+        has_average = f"ema_{metric}" in group and group[f"ema_{metric}"].notna().all()
         rows.append(
             {
                 "arm": name,
@@ -153,12 +155,14 @@ def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame
                 "runs": len(group),
                 f"{METRICS[metric]}, last epoch": str(_mean(group, metric, "last")),
                 f"epoch chosen on {SELECTION[first.selection]}": str(_mean(group, metric, "best")),
+                "moving average of the weights": str(_mean(group, metric, "ema")) if has_average else "",
                 "training images": mark,
                 **{words: str(_mean(group, key, "last")) for key, words in METRICS.items() if key != metric},
             }
         )
     table = pd.DataFrame(rows)
-    return table.drop(columns=[c for c in ("teacher's lead", "training images") if not table[c].any()]).fillna("")
+    optional = ("teacher's lead", "moving average of the weights", "training images")
+    return table.drop(columns=[c for c in optional if not table[c].any()]).fillna("")
 
 
 def changes(plan: Mapping) -> dict[str, tuple[str, str]]:
@@ -410,7 +414,7 @@ def _test_variances(scored: list, metric: str, groups: np.ndarray) -> tuple[floa
 
 def _mean(group: pd.DataFrame, metric: str, epoch: str) -> Interval:
     """Mean and 95 % t interval of a score over replicates, without the test images that are in the training part."""
-    column = metric if epoch == "best" else f"last_{metric}"
+    column = metric if epoch == "best" else f"{epoch}_{metric}"
     if not excluded(group.iloc[0]):
         return interval(group[column])
     try:

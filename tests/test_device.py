@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hdkd_lib import device
-from hdkd_lib.device import resolve_device, resolve_precision
+from hdkd_lib.device import resolve_compile, resolve_device, resolve_precision
 
 
 @pytest.fixture
@@ -70,3 +70,44 @@ def test_an_unknown_precision_is_refused():
 def test_products_are_computed_in_the_precision(precision, dtype):
     with device.autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("place", "steps", "has_compiler", "found"),
+    [(CPU, 10**6, True, False), (CUDA, 10**6, True, True), (CUDA, 10**6, False, False), (CUDA, 100, True, False)],
+)
+def test_auto_compiles_long_runs_on_gpus(place, steps, has_compiler, found, monkeypatch):
+    monkeypatch.setattr(device, "has_compiler", lambda place: has_compiler)
+    assert resolve_compile("auto", place, steps) is found
+    assert resolve_compile(False, place, steps) is False
+
+
+@pytest.mark.parametrize(("place", "need"), [(CPU, r"a C\+\+ compiler \(g\+\+"), (CUDA, "triton")])
+def test_without_a_compiler_nothing_can_be_compiled(place, need, monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=rf"torch.compile needs {need}.* on {place} and there is none here; pass compile=False"
+    ):
+        resolve_compile(True, place, 1)
+
+
+def test_with_a_compiler_what_is_said_is_done(monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang++" else None)
+    monkeypatch.setenv("CXX", "clang++")
+    assert resolve_compile(True, CPU, 1) is True
+    with pytest.raises(ValueError, match=r"compile must be 'auto', True or False \(got 'yes'\)"):
+        resolve_compile("yes", CPU, 1)
+
+
+def test_gpus_alone_are_tuned(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    device.tune(CPU)
+    assert (asked, torch.backends.cudnn.benchmark) == ([], False)
+    device.tune(CUDA)
+    assert (asked, torch.backends.cudnn.benchmark) == (["high"], True)

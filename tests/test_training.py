@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import os
 import random
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -75,21 +77,48 @@ def test_an_interrupted_and_resumed_run_is_bitwise_the_uninterrupted_one(
     assert not list(run.path.glob("*checkpoint*"))
 
 
-def test_a_resumed_run_of_deits_recipe_is_bitwise_too(alone, digits, tmp_path):
-    runs = []
+@pytest.mark.parametrize("checkpoint_seconds", [60.0, 0.0])  # at epochs' ends; after each step, too
+def test_a_resumed_run_of_deits_recipe_is_bitwise_too(checkpoint_seconds, alone, digits, tmp_path):
+    runs, within = [], {"checkpoint_seconds": checkpoint_seconds}
     for interrupted in (False, True):
         random.seed(12345 + interrupted)  # erasing
         np.random.seed(12345 + interrupted)  # noqa: NPY002, mixup
         path = tmp_path / str(interrupted)
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
-                fit(failing_after(alone(), 10, KeyboardInterrupt()), digits, MIXED, path, **ON_CPU)
+                fit(failing_after(alone(), 10, KeyboardInterrupt()), digits, MIXED, path, **ON_CPU, **within)
             random.random()
+            state = torch.load(path / "checkpoint.pt", weights_only=True)
+            assert (len(state["history"]), state["epoch"]["steps"]) == ((1, 2) if checkpoint_seconds == 0 else (1, 0))
         runs.append(fit(alone(), digits, MIXED, path, **ON_CPU))
     whole, resumed = (load_file(run.path / "last.safetensors") for run in runs)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     whole, resumed = (run.history.drop(columns="seconds") for run in runs)
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+
+
+def test_a_run_that_is_asked_to_end_keeps_its_state_first_and_goes_on_bitwise(alone, digits, tmp_path):
+    recipe, asked = replace(SHORT, augment="hdkd", ema=0.8), []
+    whole = fit(alone(), digits, recipe, tmp_path / "whole", **ON_CPU)
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("ended"))
+    try:
+        task = alone()
+        forward, task.forward = task.forward, lambda *batch: os.kill(os.getpid(), signal.SIGTERM) or forward(*batch)
+        with pytest.raises(SystemExit):
+            fit(task, digits, recipe, tmp_path / "run", **ON_CPU)
+        assert asked == ["ended"], "whoever listened before is told"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (len(state["history"]), state["epoch"]["steps"], state["epoch"]["images"]) == (0, 1, 60)
+    seen = watched(task := alone())
+    run = fit(task, digits, recipe, tmp_path / "run", **ON_CPU)
+    assert len([images for images, _ in seen]) == 3, "the first of four steps is not repeated"
+    for which in ("last", "best", "ema"):
+        resumed, expected = (load_file(of.path / f"{which}.safetensors") for of in (run, whole))
+        assert_close(resumed, expected, rtol=0, atol=0)
+    resumed, expected = (of.history.drop(columns="seconds") for of in (run, whole))
+    pd.testing.assert_frame_equal(resumed, expected, check_exact=True)
 
 
 def test_without_resume_training_starts_anew(alone, digits, tmp_path):
@@ -826,3 +855,51 @@ def test_with_layer_decay_the_body_learns_more_slowly_than_the_head(build, digit
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert sorted(set(scales.values()), reverse=True)[:3] == [1.0, 0.5, 0.25]
     assert moved[0.5]["conv1.0.weight"] < 0.5 * moved[1.0]["conv1.0.weight"]
+
+
+# A moving average of the weights
+
+
+def test_the_moving_average_is_kept_and_measured_as_a_third_set_of_weights(alone, digits, tmp_path):
+    recipe, task = replace(SHORT, ema=0.75), alone()
+    expected = {name: value.clone() for name, value in task.student.state_dict().items() if value.is_floating_point()}
+    update = task.update_ema
+
+    def watch() -> None:
+        for name, value in expected.items():
+            value.lerp_(task.student.state_dict()[name], 0.25)
+        update()
+
+    task.update_ema = watch
+    run = fit(task, digits, recipe, tmp_path, **ON_CPU)
+    averaged = load_file(run.path / "ema.safetensors")
+    assert_close({name: averaged[name] for name in expected}, expected)
+    assert run.metrics["ema"]["epoch"] == recipe.epochs - 1
+    assert run.metrics["ema"]["test"]["nll"] != run.metrics["last"]["test"]["nll"]
+    labels = metrics.classification(torch.from_numpy(run.predictions("ema").probabilities), digits.test.labels)
+    assert labels["accuracy"] == pytest.approx(run.metrics["ema"]["test"]["accuracy"])
+    assert_close(run.student("ema").state_dict(), averaged)
+
+
+def test_without_a_moving_average_there_is_none(finished_run):
+    assert not (finished_run.path / "ema.safetensors").exists()
+    assert finished_run.metrics.keys() >= {"last", "best"}
+    assert "ema" not in finished_run.metrics
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("most", "said"), [(16, "batch_size=15 fits"), (1, "not even two do: take smaller images or")])
+def test_a_batch_that_does_not_fit_is_said_with_one_that_does(most, said, alone, digits, tmp_path):
+    task = alone()
+    forward = task.forward
+
+    def limited(images, target):
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(images, target)
+
+    task.forward = limited
+    with pytest.raises(MemoryError, match=f"^60 images at a time do not fit the memory of cpu; {said}"):
+        fit(task, digits, SHORT, tmp_path, **ON_CPU)
