@@ -68,7 +68,7 @@ def prepare(task: TrainingTask, device: torch.device) -> None:
     """Lets gradients be averaged over all processes after each backward pass, where there are several."""
     if rank_and_count()[1] > 1:
         own = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"  # torch before 2.13
-        task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None, **{own: False})
+        task.prepare_distributed(device_ids=[device], **{own: False})
 
 
 def sync_batch_norms(task: TrainingTask, device: torch.device) -> None:

@@ -47,15 +47,13 @@ def generated(labels_seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(images, labels, strict=True))
 
 
-def train(task, batches, *, backend: str | None = None, in_processes: bool = False, seen=lambda task: None):
+def train(task, batches, *, backend: str | None = None, seen=lambda task: None):
     """An epoch as timm's train.py has it; `seen` is called after each backward pass. Gives optimiser and eval model."""
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=2e-3, weight_decay=0.05)
     task.setup_ema(decay=0.9)
     if backend:
         task.compile(backend=backend)
         task.compile_ema(backend=backend)
-    if in_processes:
-        task.prepare_distributed(device_ids=None)
     task.get_trainable_module().train()
     for number, (images, labels) in enumerate(batches, start=1):
         result = task(images, labels)
@@ -151,7 +149,7 @@ def of_one_of_two(rank: int, folder: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         task, found = make(name), []
-        task.prepare_distributed(device_ids=None)
+        task.prepare_distributed(device_ids=[torch.device("cpu")])
         task.trainable_module.train()
         for images, labels in generated(labels_seed=rank):
             still_norms(task)

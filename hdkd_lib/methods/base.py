@@ -153,6 +153,8 @@ class Method(timm.task.TrainingTask):
     def prepare_distributed(self, device_ids: list | None = None, **options) -> "Method":
         """Wraps what learns in DistributedDataParallel; heads and aligners that a stage does not use have no gradient."""
         options = {"find_unused_parameters": True} | options
+        if next(self.student.parameters()).device.type == "cpu":
+            device_ids = None  # train.py names the CPU, which DistributedDataParallel refuses
         self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids=device_ids, **options)
         return self
 
