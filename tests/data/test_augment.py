@@ -407,6 +407,7 @@ def test_rectangles_are_drawn_as_timms(size):
     for out in (ours, timms):
         inside = (out != 7).any(1)
         rows, columns = inside.any(2).float(), inside.any(1).float()
+        assert not (rows.all(1) | columns.all(1)).any(), "smaller than the image"
         edges = [(rows.sum(1), rows.argmax(1)), (columns.sum(1), columns.argmax(1))]
         sides.append([values for pair in edges for values in pair])
     for our, timm in zip(*sides, strict=True):  # height, top, width, left
