@@ -206,7 +206,8 @@ def invert(
     if bool(settings.competition) != (student is not None):
         raise ValueError("competition needs a student to compete with, and no other term has one; set both or neither")
     extractor = _FeatureExtractor(teacher)
-    mean, std = (torch.tensor(teacher.pretrained_cfg[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    prepare = Preprocess(teacher).to(device)
+    mean, std = prepare.mean, prepare.std
     # x is in the teacher's normalisation, or, where it is grey, in the mean of its channels'.
     own_mean, own_std = (v.mean(1, keepdim=True) if settings.grey else v for v in (mean, std))
     black, white = (0 - own_mean) / own_std, (1 - own_mean) / own_std
@@ -258,7 +259,7 @@ def invert(
         snapshots[done] = _pixels(x, own_mean, own_std)
     images = _pixels(best, own_mean, own_std)
     with torch.inference_mode():
-        decided = teacher(Preprocess(teacher).to(device)(images.to(device))).argmax(1)
+        decided = teacher(prepare(images.to(device))).argmax(1)
     report = dict(zip(["loss", *terms], best_loss.tolist(), strict=True))
     return images, report | {"accuracy": (decided == labels).float().mean().item(), "snapshots": snapshots}
 

@@ -318,10 +318,10 @@ MODEL = SimpleNamespace(pretrained_cfg={"mean": MEAN, "std": STD})
 class Threshold(Augmentation):
     """Values up to a half become a quarter; at the end all is doubled."""
 
-    def apply(self, images, drawn):
+    def apply(self, images, placed):
         return nn.functional.threshold(images / 255, 0.5, 0.25)
 
-    def finish(self, images):
+    def finish(self, images, placed):
         return images.mul_(2)
 
 
