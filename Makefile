@@ -1,6 +1,7 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
 # make test                           ruff and pytest, without what takes minutes
 # make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
+# make test-oldest                    the fast tests with the oldest torch, torchvision and timm that pyproject.toml allows (7 GB)
 # make lab                            open the notebooks
 # make publish PLAN=...               pack a finished plan, its tables and figures into results/published/; PARTIAL=1: what is finished
 #                                     so far; MIXED=1: runs of several commits, too
@@ -12,7 +13,7 @@ PLAN ?= smoke
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test test-slow lab publish benchmark readme notebooks lock
+.PHONY: study dry-run test test-slow test-oldest lab publish benchmark readme notebooks lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
 study lab benchmark: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
@@ -44,6 +45,9 @@ test: .venv/installed
 test-slow: test
 	$(BIN)/pytest -n 2 --dist loadfile -m slow tests
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+
+test-oldest:
+	PYTHON=$(PYTHON) CORES=$(CORES) tests/oldest.sh $(ARGUMENTS)
 
 readme: .venv/installed
 	@$(BIN)/python study.py readme
