@@ -6,17 +6,19 @@
 # make publish PLAN=...               pack a finished plan, its tables and figures into results/published/; PARTIAL=1: what is finished
 #                                     so far; MIXED=1: runs of several commits, too
 # make benchmark NAME=hdkd_step       time a step, or reading data (tests/benchmarks)
+# make bench DEVICE=cuda              what a GPU makes of every method, beside published numbers (tests/benchmarks/gpu.py)
 # make readme                         write README's numbers anew from results/
 # make notebooks                      execute every notebook at its defaults, in place
 PYTHON ?= python3
 PLAN ?= smoke
+DEVICE ?= auto
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test test-slow test-oldest lab publish benchmark readme notebooks lock
+.PHONY: study dry-run test test-slow test-oldest lab publish benchmark bench readme notebooks lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
-study lab benchmark: export MALLOC_MMAP_MAX_ = 0
-study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+study lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
+study lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
 study: .venv/installed
@@ -31,7 +33,10 @@ publish: .venv/installed
 benchmark: .venv/installed
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGUMENTS)
 
-benchmark: export PYTHONPATH = $(CURDIR)
+bench: .venv/installed
+	$(BIN)/python tests/benchmarks/gpu.py --device $(DEVICE) $(ARGUMENTS)
+
+benchmark bench: export PYTHONPATH = $(CURDIR)
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 

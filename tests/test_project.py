@@ -60,7 +60,7 @@ def test_every_import_is_a_requirement():
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported.add(node.module.split(".")[0])
-    own = {"hdkd_lib", "study", "conftest", "timing"}
+    own = {"hdkd_lib", "study", "conftest", "timing", "gpu"}
     distributions = packages_distributions()
     foreign = imported - set(sys.stdlib_module_names) - own
     assert not {m for m in foreign if not {canonicalize_name(d) for d in distributions.get(m, [])} & requirements().keys()}
