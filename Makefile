@@ -1,21 +1,24 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
 # make test                           ruff and pytest, without what takes minutes
 # make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
+# make test-oldest                    the fast tests with the oldest torch, torchvision and timm that pyproject.toml allows (7 GB)
 # make lab                            open the notebooks
 # make publish PLAN=...               pack a finished plan, its tables and figures into results/published/; PARTIAL=1: what is finished
 #                                     so far; MIXED=1: runs of several commits, too
 # make benchmark NAME=hdkd_step       time a step, or reading data (tests/benchmarks)
+# make bench DEVICE=cuda              what a GPU makes of every method, beside published numbers (tests/benchmarks/gpu.py)
 # make readme                         write README's numbers anew from results/
 # make notebooks                      execute every notebook at its defaults, in place
 PYTHON ?= python3
 PLAN ?= smoke
+DEVICE ?= auto
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: study dry-run test test-slow lab publish benchmark readme notebooks lock
+.PHONY: study dry-run test test-slow test-oldest lab publish benchmark bench readme notebooks lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
-study lab benchmark: export MALLOC_MMAP_MAX_ = 0
-study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+study lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
+study lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
 study: .venv/installed
@@ -30,7 +33,10 @@ publish: .venv/installed
 benchmark: .venv/installed
 	$(BIN)/python tests/benchmarks/$(NAME).py $(ARGUMENTS)
 
-benchmark: export PYTHONPATH = $(CURDIR)
+bench: .venv/installed
+	$(BIN)/python tests/benchmarks/gpu.py --device $(DEVICE) $(ARGUMENTS)
+
+benchmark bench: export PYTHONPATH = $(CURDIR)
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
@@ -44,6 +50,9 @@ test: .venv/installed
 test-slow: test
 	$(BIN)/pytest -n 2 --dist loadfile -m slow tests
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
+
+test-oldest:
+	PYTHON=$(PYTHON) CORES=$(CORES) tests/oldest.sh $(ARGUMENTS)
 
 readme: .venv/installed
 	@$(BIN)/python study.py readme

@@ -361,7 +361,7 @@ class Inputs:
         """(images, target, label): images (B, 3, H, W) as the student takes them; target (B,) is the label, or, with mixup,
         (B, C) probabilities. What is drawn depends on the run's seed and the epoch's number alone; an epoch that has come some
         way goes on there."""
-        random_seed(seed := (1_000_003 * (self.seed + 1) + number) % 2**32)  # torch's, NumPy's (mixup), Python's (erasing)
+        random_seed(seed := (1_000_003 * (self.seed + 1) + number) % 2**32)  # torch's, NumPy's (mixup) and Python's
         so_far = so_far or Epoch()
         read = batches(self.part, self.size, shuffle=True, skip=so_far.steps, device=self.device, **self.order)
         for count, (images, label) in enumerate(read):

@@ -50,6 +50,27 @@ def test_environment_yml_installs_the_project_with_all_extras_under_the_same_pin
     assert tuple(map(int, python.split("."))) >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
 
 
+def test_the_image_has_the_python_of_environment_yml_and_the_files_that_it_copies_are_there():
+    text = (ROOT / "Dockerfile").read_text()
+    steps = [line.split() for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1] if not name.startswith("--")]
+    assert not [name for name in copied if not (ROOT / name).exists()]
+    python = re.search(r"python=([\d.]+)", (ROOT / "environment.yml").read_text())[1]
+    assert steps[0][0] == "FROM"
+    assert steps[0][1].startswith(f"python:{python}-")
+
+    rules = (ROOT / "Makefile").read_text()
+    needed = re.search(r"^\.venv/installed: (.+)", rules, re.MULTILINE)[1].split()
+    assert {"Makefile", *needed} <= set(copied[: copied.index(".")])  # what is installed before the library is there
+    assert f"touch {PROJECT['readme']} hdkd_lib/__init__.py && make .venv/installed" in text
+    volumes = json.loads(" ".join(next(step for step in steps if step[0] == "VOLUME")[1:]))
+    variables = dict(pair.split("=") for step in steps if step[0] == "ENV" for pair in step[1:])
+    assert [variables["HDKD_DATA"], variables["HDKD_RESULTS"]] == volumes
+    make, target = json.loads(" ".join(next(step for step in steps if step[0] == "CMD")[1:]))
+    assert make == "make"
+    assert re.search(rf"^{target}:", rules, re.MULTILINE)
+
+
 def test_every_import_is_a_requirement():
     sources = [path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("hdkd_lib/**/*.py"), *ROOT.glob("tests/**/*.py")]]
     for path in ROOT.glob("notebooks/*.ipynb"):
@@ -60,7 +81,7 @@ def test_every_import_is_a_requirement():
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported.add(node.module.split(".")[0])
-    own = {"hdkd_lib", "study", "conftest", "timing"}
+    own = {"hdkd_lib", "study", "conftest", "timing", "gpu"}
     distributions = packages_distributions()
     foreign = imported - set(sys.stdlib_module_names) - own
     assert not {m for m in foreign if not {canonicalize_name(d) for d in distributions.get(m, [])} & requirements().keys()}

@@ -10,14 +10,18 @@ import torch
 
 from hdkd_lib import runs
 from hdkd_lib.device import autocast, resolve_device, resolve_precision
+from hdkd_lib.methods.base import Method
 
 
-def options(description: str, *positional: str) -> argparse.Namespace:
-    """--batch, --repeats, --device and --precision (both resolved), --out, and what is said without a name."""
+def options(description: str, *positional: str, batch: int = 32, **named: dict) -> argparse.Namespace:
+    """--batch, --repeats, --device and --precision (both resolved), --out, what is said without a name, and further options
+    by name, each with its arguments of `add_argument`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in positional:
         parser.add_argument(name)
-    parser.add_argument("--batch", type=int, default=32)
+    for name, arguments in named.items():
+        parser.add_argument(f"--{name}", **arguments)
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
@@ -29,10 +33,11 @@ def options(description: str, *positional: str) -> argparse.Namespace:
 
 
 def training_step(task, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Callable[[], None]:
-    """zero_grad, forward, backward and AdamW of a task as `fit` trains it, with an optimiser of its own."""
+    """zero_grad, forward, backward and AdamW of a timm task as `fit` trains it, with an optimiser of its own."""
     task.to(images.device, memory_format=torch.channels_last).train()
     images = images.contiguous(memory_format=torch.channels_last)
-    task.set_progress(task.progress)
+    if isinstance(task, Method):
+        task.set_progress(task.progress)
     optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
