@@ -1,4 +1,5 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
+#                                     PROFILE=profiles/slurm: on a cluster (docs/clusters.md)
 # make test                           ruff and pytest, without what takes minutes
 # make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
 # make lab                            open the notebooks
@@ -19,10 +20,10 @@ study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
 study: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES)
+	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
 
 dry-run: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run
+	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run $(if $(PROFILE),--profile $(PROFILE))
 
 publish: .venv/installed
 	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial) $(if $(MIXED),--mixed)
@@ -63,5 +64,5 @@ lock: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make study PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,weights,test]"
+	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,slurm,weights,test]"
 	@touch $@

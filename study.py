@@ -1,6 +1,7 @@
 """The batch: plans (notebooks/plans/*.yaml) checked, expanded into jobs, run by Snakemake and papermill, and published.
 
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
+    python study.py run smoke --profile profiles/slurm # its runs are jobs of a cluster (docs/clusters.md)
     python study.py publish smoke           # pack its runs, tables and figures into results/published/
     python study.py publish smoke --partial # pack what is finished so far, without tables and figures
 
@@ -20,7 +21,9 @@ A job's process imports nothing of the library and starts in a second; its noteb
 import argparse
 import ast
 import difflib
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -268,11 +271,48 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run(plan: str, cores: int, dry_run: bool = False) -> int:
-    """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed."""
+def prepare(jobs_file: Path) -> None:
+    """Caches the decoded images for all runs, and writes prepared.json: how long each run will train on this machine, and the
+    memory that finding out took.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+    """
+    import resource
+
+    import torch
+
+    from hdkd_lib import data
+
+    _end_with_parent()
+    plan, folder = json.loads(jobs_file.read_text()), jobs_file.parent
+    torch.set_num_threads(plan["threads"])
+    missing = {
+        name: job for name, job in plan["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()
+    }
+    defaults = {notebook: _defaults(notebook) for notebook in {job["notebook"] for job in missing.values()}}
+    loaded = set()
+    for job in missing.values():
+        parameters = defaults[job["notebook"]] | job["parameters"]
+        decoded = {key: parameters[key] for key in ("root", "image_size", "protocol") if key in parameters}
+        if (key := str((parameters.get("dataset"), decoded))) not in loaded and "dataset" in parameters:
+            data.load(parameters["dataset"], **decoded)
+            loaded.add(key)
+    seconds = {name: _seconds(plan["jobs"], name) for name, job in missing.items() if job["notebook"] == "run"}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    (folder / "prepared.json").write_text(json.dumps({"seconds": seconds, "mem_mb": memory}, indent=1) + "\n")
+
+
+def run(plan: str, cores: int, dry_run: bool = False, profile: Path | None = None) -> int:
+    """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed.
+
+    Raises:
+        ValueError: the plan or the profile is wrong; nothing has run.
+    """
     import snakemake.cli
 
     expanded = expand(plan)
+    expanded["cluster"] = _cluster(profile) if profile else None
     folder = RESULTS / "runs" / plan
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")  # held until this function ends
@@ -289,9 +329,10 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     jobs_file.write_text(json.dumps(expanded, indent=1))
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--config", f"jobs={jobs_file}",
-        "--cores", str(cores), "--scheduler", "greedy", "--keep-going", "--rerun-incomplete",
-        "--rerun-triggers", "mtime", "--nolock", "--quiet", "rules", "host",
+        "--scheduler", "greedy", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
+        "--quiet", "rules", "host",
     ]  # fmt: skip
+    arguments += ["--profile", str(profile.resolve()), "--local-cores", str(cores)] if profile else ["--cores", str(cores)]
     try:  # in this process, so that whoever ends it ends the workflow
         snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
     except SystemExit as exit:
@@ -300,7 +341,8 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
         lock.release()
     if dry_run:
         _print_power(expanded["content"])
-        _print_times(expanded, folder, cores)
+        if not profile:
+            _print_times(expanded, folder, cores)
         return code
     for name, job in expanded["jobs"].items():
         if not job["report"] and not (folder / name / "metrics.json").exists():
@@ -314,6 +356,31 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".tex", ".png", ".pdf")]
     print("Tables and figures:", *files, sep="\n  ")
     return 0
+
+
+def _cluster(profile: Path) -> dict:
+    """{"runtime": minutes}, the longest that a job may take by the profile, or None.
+
+    Raises:
+        ValueError: there is no such profile, its executor's plugin is not installed, or its runtime is not in minutes.
+    """
+    from ruamel.yaml import YAML
+
+    file = profile / "profile.yaml" if profile.is_dir() else profile
+    if not file.is_file():
+        known = ", ".join(f"profiles/{path.name}" for path in sorted((ROOT / "profiles").iterdir()))
+        raise ValueError(f"no profile {file}; known: {known}")
+    content = YAML(typ="safe", pure=True).load(file) or {}
+    executor = content.get("executor", "local")
+    plugin = f"snakemake-executor-plugin-{executor}"
+    if executor != "local" and not importlib.util.find_spec(plugin.replace("-", "_")):
+        raise ValueError(
+            f"{file} needs {plugin}, which is not installed: {sys.executable} -m pip install -c constraints.txt {plugin}"
+        )
+    runtime = (content.get("default-resources") or {}).get("runtime")
+    if runtime is not None and not isinstance(runtime, int):
+        raise ValueError(f"runtime in {file} must be a whole number of minutes (got {runtime!r})")
+    return {"runtime": runtime}
 
 
 def _print_power(content: dict) -> None:
@@ -336,11 +403,8 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     """How long the runs of each arm will take here, measured on a few steps of each."""
     import torch
 
-    from hdkd_lib import estimate
-
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     torch.set_num_threads(expanded["threads"])
-    defaults = _defaults("run")
     jobs_file = folder / "jobs.json"
     before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
     arms: dict[str, list[str]] = {}
@@ -355,10 +419,8 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
             if jobs[name]["notebook"] != "run":
                 chapters += 1
                 continue
-            [teacher] = jobs[name]["needs"] or [None]
-            its_teacher = defaults | jobs[teacher]["parameters"] if teacher else jobs[name]["parameters"].get("teacher")
             try:
-                times.append(estimate.seconds(defaults | jobs[name]["parameters"], its_teacher))
+                times.append(_seconds(jobs, name))
             except FileNotFoundError as error:
                 print(f"no estimate: {error}")
                 return
@@ -370,6 +432,16 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     print(f"in all about {_duration(total / side_by_side)} on {cores} cores, {side_by_side} runs side by side{besides}\n")
 
 
+def _seconds(jobs: dict, name: str) -> float:
+    """How long a run of run.ipynb will train here."""
+    from hdkd_lib import estimate
+
+    defaults, own = _defaults("run"), jobs[name]["parameters"]
+    [teacher] = jobs[name]["needs"] or [None]
+    return estimate.seconds(defaults | own, defaults | jobs[teacher]["parameters"] if teacher else own.get("teacher"))
+
+
+@functools.cache
 def _defaults(notebook: str) -> dict:
     import papermill
 
@@ -389,7 +461,8 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
         return
     before = json.loads(jobs_file.read_text())["jobs"]
     if {name: _essence(job) for name, job in before.items()} != {n: _essence(job) for n, job in expanded["jobs"].items()}:
-        (jobs_file.parent / "reports.done").unlink(missing_ok=True)
+        for file in ("reports.done", "prepared.json"):
+            (jobs_file.parent / file).unlink(missing_ok=True)
     changed = {name for name, job in before.items() if _essence(job) != _essence(expanded["jobs"].get(name))}
     while grown := {name for name, job in before.items() if changed & set(job["needs"])} - changed:
         changed |= grown
@@ -550,18 +623,21 @@ def main() -> int:
     command.add_argument("plan")
     command.add_argument("--cores", type=int, default=os.cpu_count())
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
+    command.add_argument("--profile", type=Path, help="Snakemake's profile of a cluster, such as profiles/slurm")
     command = commands.add_parser("publish", help="pack a finished plan, its tables and figures into results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
     command.add_argument("--mixed", action="store_true", help="runs of several commits, too; every table says so")
     commands.add_parser("readme", help="write the numbers in README.md and p0.md anew from results/")
+    command = commands.add_parser("prepare", help="what a cluster's runs share; called by the Snakefile")
+    command.add_argument("jobs_file", type=Path)
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
-            return run(arguments.plan, arguments.cores, arguments.dry_run)
+            return run(arguments.plan, arguments.cores, arguments.dry_run, arguments.profile)
         if arguments.command == "readme":
             from hdkd_lib import readme
 
@@ -569,6 +645,8 @@ def main() -> int:
                 (ROOT / name).write_text(readme.write(name, (ROOT / name).read_text(), ROOT / "results"))
         elif arguments.command == "publish":
             print(publish(arguments.plan, partial=arguments.partial, mixed=arguments.mixed))
+        elif arguments.command == "prepare":
+            prepare(arguments.jobs_file)
         else:
             execute(arguments.jobs_file, arguments.name)
     except (ValueError, RuntimeError, OSError) as error:
