@@ -1,4 +1,5 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
+#                                     GPUS=2 RUNS_PER_GPU=4: on how many GPUs (all), and how many runs share one (1)
 #                                     PROFILE=profiles/slurm: on a cluster (docs/clusters.md)
 # make test                           ruff and pytest, without what takes minutes
 # make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
@@ -19,11 +20,13 @@ study lab benchmark: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
+study dry-run: WHERE = --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) $(if $(GPUS),--gpus $(GPUS)) \
+  $(if $(RUNS_PER_GPU),--runs-per-gpu $(RUNS_PER_GPU))
 study: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python study.py run $(PLAN) $(WHERE)
 
 dry-run: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python study.py run $(PLAN) --dry-run $(WHERE)
 
 publish: .venv/installed
 	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial) $(if $(MIXED),--mixed)

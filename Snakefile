@@ -76,6 +76,7 @@ for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities be
         priority: len(RUNS) - number
         threads: PLAN["threads"]
         resources:
+            gpu_slots=PLAN["slots"].get(folder, 0),
             **resources(folder, job),
         shell:
             "exec env OMP_NUM_THREADS={threads} {STUDY} execute {JOBS} {params.folder}"

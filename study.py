@@ -20,6 +20,7 @@ A job's process imports nothing of the library and starts in a second; its noteb
 
 import argparse
 import ast
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -27,9 +28,12 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -233,13 +237,14 @@ def execute(jobs_file: Path, name: str) -> None:
     notebook = str(NOTEBOOKS / f"{job['notebook']}.ipynb")
     options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--log-level=50"]}
     try:
-        try:
-            papermill.execute_notebook(notebook, str(executed), parameters, **options)
-        except RuntimeError as error:
-            if "Kernel died before replying" not in str(error):
-                raise
-            # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may come too late.
-            papermill.execute_notebook(notebook, str(executed), parameters, **options)
+        with _gpus(plan, name):
+            try:
+                papermill.execute_notebook(notebook, str(executed), parameters, **options)
+            except RuntimeError as error:
+                if "Kernel died before replying" not in str(error):
+                    raise
+                # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may be late.
+                papermill.execute_notebook(notebook, str(executed), parameters, **options)
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
@@ -303,16 +308,26 @@ def prepare(jobs_file: Path) -> None:
     (folder / "prepared.json").write_text(json.dumps({"seconds": seconds, "mem_mb": memory}, indent=1) + "\n")
 
 
-def run(plan: str, cores: int, dry_run: bool = False, profile: Path | None = None) -> int:
+def run(
+    plan: str, cores: int, dry_run: bool = False, profile: Path | None = None, gpus: int | None = None, runs_per_gpu: int = 1
+) -> int:
     """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed.
 
+    Args:
+        profile: Snakemake's profile of a cluster, which then gives each job its GPU.
+        gpus: how many of this machine's GPUs to use; default: all.
+        runs_per_gpu: how many runs share a GPU.
+
     Raises:
-        ValueError: the plan or the profile is wrong; nothing has run.
+        ValueError: the plan or the profile is wrong, or there are not so many GPUs; nothing has run.
     """
     import snakemake.cli
 
     expanded = expand(plan)
     expanded["cluster"] = _cluster(profile) if profile else None
+    if profile and (gpus, runs_per_gpu) != (None, 1):
+        raise ValueError("GPUS and RUNS_PER_GPU are for this machine; on a cluster say gpu: 1 in the profile")
+    expanded |= _slots(gpus, runs_per_gpu, {} if profile else expanded["jobs"])
     folder = RESULTS / "runs" / plan
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")  # held until this function ends
@@ -332,6 +347,8 @@ def run(plan: str, cores: int, dry_run: bool = False, profile: Path | None = Non
         "--scheduler", "greedy", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
         "--quiet", "rules", "host",
     ]  # fmt: skip
+    if expanded["slots"]:
+        arguments += ["--resources", f"gpu_slots={len(expanded['gpus']) * runs_per_gpu}"]
     arguments += ["--profile", str(profile.resolve()), "--local-cores", str(cores)] if profile else ["--cores", str(cores)]
     try:  # in this process, so that whoever ends it ends the workflow
         snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
@@ -358,11 +375,66 @@ def run(plan: str, cores: int, dry_run: bool = False, profile: Path | None = Non
     return 0
 
 
+def _slots(count: int | None, runs_per_gpu: int, jobs: dict) -> dict:
+    """{"gpus": the first `count` that this process may use, as CUDA_VISIBLE_DEVICES names them; "runs_per_gpu"; "slots": on how
+    many GPUs each run takes a slot}.
+
+    Raises:
+        ValueError: there are fewer GPUs than `count`, or than a run has processes.
+    """
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        found, source = [gpu for gpu in visible.split(",") if gpu not in ("", "-1")], f"CUDA_VISIBLE_DEVICES={visible}"
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+        found, source = [str(i) for i in range(sum(line.startswith("GPU ") for line in listed))], "nvidia-smi -L"
+    else:
+        found, source = [], "there is no nvidia-smi"
+    if count is not None and not 1 <= count <= len(found):
+        raise ValueError(f"GPUS={count}, but this machine has {len(found)} GPUs ({source}); leave GPUS out to use all")
+    if runs_per_gpu < 1:
+        raise ValueError(f"RUNS_PER_GPU must be at least 1 (got {runs_per_gpu})")
+    gpus, slots = found[:count], {}
+    for name, job in jobs.items() if gpus else []:
+        if not job["report"] and job["parameters"].get("device") != "cpu":
+            slots[name] = job["parameters"].get("num_processes", 1)
+            if slots[name] > len(gpus):
+                raise ValueError(f"run {name} has {slots[name]} processes, each on a GPU of its own; it may use {len(gpus)}")
+    return {"gpus": gpus, "runs_per_gpu": runs_per_gpu, "slots": slots}
+
+
+@contextlib.contextmanager
+def _gpus(plan: dict, name: str) -> Iterator[None]:
+    """Waits for a free slot on as many GPUs as the run takes, and shows the kernel these GPUs only.
+
+    A slot is the lock of a file in this machine's temporary folder, so plans that run at once share the slots. It is free again
+    when the process ends, however it ends.
+    """
+    gpus, needed = plan["gpus"], plan["slots"].get(name, 0)
+    folder = Path(tempfile.gettempdir()) / f"hdkd_lib-gpus-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    while True:
+        with contextlib.ExitStack() as stack:  # what is not enough is given back: another run may be waiting for it
+            taken = []
+            for number in range(len(gpus) * plan["runs_per_gpu"]):
+                gpu = gpus[number % len(gpus)]
+                lock = filelock.FileLock(folder / f"{gpu}-{number // len(gpus)}.lock", timeout=0)
+                if len(taken) < needed and gpu not in taken:
+                    with contextlib.suppress(filelock.Timeout):
+                        stack.enter_context(lock)
+                        taken.append(gpu)
+            if len(taken) == needed:
+                if needed:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+                yield
+                return
+        time.sleep(0.5)
+
+
 def _cluster(profile: Path) -> dict:
     """{"runtime": minutes}, the longest that a job may take by the profile, or None.
 
     Raises:
-        ValueError: there is no such profile, its executor's plugin is not installed, or its runtime is not in minutes.
+        ValueError: there is no such profile, its executor's plugin or SLURM is not installed, or its runtime is not in minutes.
     """
     from ruamel.yaml import YAML
 
@@ -377,6 +449,8 @@ def _cluster(profile: Path) -> dict:
         raise ValueError(
             f"{file} needs {plugin}, which is not installed: {sys.executable} -m pip install -c constraints.txt {plugin}"
         )
+    if executor == "slurm" and not shutil.which("sbatch"):
+        raise ValueError("there is no SLURM here (no sbatch); start the plan on a login node of the cluster")
     runtime = (content.get("default-resources") or {}).get("runtime")
     if runtime is not None and not isinstance(runtime, int):
         raise ValueError(f"runtime in {file} must be a whole number of minutes (got {runtime!r})")
@@ -624,6 +698,8 @@ def main() -> int:
     command.add_argument("--cores", type=int, default=os.cpu_count())
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
     command.add_argument("--profile", type=Path, help="Snakemake's profile of a cluster, such as profiles/slurm")
+    command.add_argument("--gpus", type=int, help="how many of this machine's GPUs to use (default: all)")
+    command.add_argument("--runs-per-gpu", type=int, default=1, help="how many runs share a GPU (default: 1)")
     command = commands.add_parser("publish", help="pack a finished plan, its tables and figures into results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
@@ -637,7 +713,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
-            return run(arguments.plan, arguments.cores, arguments.dry_run, arguments.profile)
+            return run(**{name: value for name, value in vars(arguments).items() if name != "command"})
         if arguments.command == "readme":
             from hdkd_lib import readme
 
