@@ -1,4 +1,6 @@
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
+#                                     GPUS=2 RUNS_PER_GPU=4: on how many GPUs (all), and how many runs share one (1)
+#                                     PROFILE=profiles/slurm: on a cluster (docs/clusters.md)
 # make test                           ruff and pytest, without what takes minutes
 # make test-slow                      that too: several processes, kills, workflows, and every notebook against its committed outputs
 # make test-oldest                    the fast tests with the oldest torch, torchvision and timm that pyproject.toml allows (7 GB)
@@ -21,11 +23,13 @@ study lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
+study dry-run: WHERE = --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) $(if $(GPUS),--gpus $(GPUS)) \
+  $(if $(RUNS_PER_GPU),--runs-per-gpu $(RUNS_PER_GPU))
 study: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES)
+	@$(BIN)/python study.py run $(PLAN) $(WHERE)
 
 dry-run: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) --cores $(CORES) --dry-run
+	@$(BIN)/python study.py run $(PLAN) --dry-run $(WHERE)
 
 publish: .venv/installed
 	@$(BIN)/python study.py publish $(PLAN) $(if $(PARTIAL),--partial) $(if $(MIXED),--mixed)
@@ -72,5 +76,5 @@ lock: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make study PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,weights,test]"
+	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,slurm,weights,test]"
 	@touch $@

@@ -4,8 +4,8 @@ import json
 import os
 import sys
 
-STUDY = f"{sys.executable} {workflow.basedir}/study.py execute {config['jobs']}"
-PLAN = json.load(open(config["jobs"]))
+STUDY, JOBS = f"{sys.executable} {workflow.basedir}/study.py", config["jobs"]
+PLAN = json.load(open(JOBS))
 
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -19,10 +19,44 @@ RUNS = [(name, job) for name, job in PLAN["jobs"].items() if not job["report"]]
 RUNS.sort(key=lambda run: replicates.index(json.dumps(run[1]["replicate"])))
 
 
+
+def waits(name):
+    """On a cluster, a run that is not finished waits for rule `prepare`."""
+    return ["prepared.json"] if PLAN["cluster"] and not os.path.exists(f"{name}/metrics.json") else []
+
+
+def resources(name, job):
+    """Of such a run, from what was measured there; a chapter, which is not measured, has the profile's."""
+    if not waits(name) or job["notebook"] != "run":
+        return {}
+    longest = PLAN["cluster"]["runtime"] or float("inf")
+
+    def minutes(wildcards, input):
+        return int(min(longest, 10 + 3 * json.load(open(input[-1]))["seconds"][name] / 60))
+
+    def megabytes(wildcards, input, attempt):
+        return 1000 + 2 * attempt * json.load(open(input[-1]))["mem_mb"]
+
+    return {"runtime": minutes, "mem_mb": megabytes}
+
+
+localrules:
+    all,
+    report,
+
+
 rule all: # every run by name: Snakemake does not miss the input of a report that is there
     input:
         RESULTS,
         "reports.done",
+
+
+rule prepare: # on a cluster, once: images decoded, times and memory measured
+    output:
+        "prepared.json",
+    threads: PLAN["threads"]
+    shell:
+        "exec env OMP_NUM_THREADS={threads} {STUDY} prepare {JOBS}"
 
 
 for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities belong to rules
@@ -32,6 +66,7 @@ for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities be
             f"run{number}"
         input: # whatever its date: study.py sets the students of a changed teacher aside
             [ancient(f"{teacher}/metrics.json") for teacher in job["needs"]],
+            waits(folder),
         output:
             f"{folder}/metrics.json",
         log:
@@ -40,8 +75,11 @@ for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities be
             folder=folder,
         priority: len(RUNS) - number
         threads: PLAN["threads"]
+        resources:
+            gpu_slots=PLAN["slots"].get(folder, 0),
+            **resources(folder, job),
         shell:
-            "exec env OMP_NUM_THREADS={threads} {STUDY} {params.folder}"
+            "exec env OMP_NUM_THREADS={threads} {STUDY} execute {JOBS} {params.folder}"
 
 
 rule report:
@@ -50,4 +88,4 @@ rule report:
     output:
         touch("reports.done"),
     shell:
-        " && ".join(f"{STUDY} {name}" for name in REPORTS)
+        " && ".join(f"{STUDY} execute {JOBS} {name}" for name in REPORTS)

@@ -1,6 +1,7 @@
 """The batch: plans (notebooks/plans/*.yaml) checked, expanded into jobs, run by Snakemake and papermill, and published.
 
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
+    python study.py run smoke --profile profiles/slurm # its runs are jobs of a cluster (docs/clusters.md)
     python study.py publish smoke           # pack its runs, tables and figures into results/published/
     python study.py publish smoke --partial # pack what is finished so far, without tables and figures
 
@@ -19,14 +20,20 @@ A job's process imports nothing of the library and starts in a second; its noteb
 
 import argparse
 import ast
+import contextlib
 import difflib
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -230,13 +237,14 @@ def execute(jobs_file: Path, name: str) -> None:
     notebook = str(NOTEBOOKS / f"{job['notebook']}.ipynb")
     options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--log-level=50"]}
     try:
-        try:
-            papermill.execute_notebook(notebook, str(executed), parameters, **options)
-        except RuntimeError as error:
-            if "Kernel died before replying" not in str(error):
-                raise
-            # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may come too late.
-            papermill.execute_notebook(notebook, str(executed), parameters, **options)
+        with _gpus(plan, name):
+            try:
+                papermill.execute_notebook(notebook, str(executed), parameters, **options)
+            except RuntimeError as error:
+                if "Kernel died before replying" not in str(error):
+                    raise
+                # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may be late.
+                papermill.execute_notebook(notebook, str(executed), parameters, **options)
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
@@ -268,11 +276,58 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run(plan: str, cores: int, dry_run: bool = False) -> int:
-    """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed."""
+def prepare(jobs_file: Path) -> None:
+    """Caches the decoded images for all runs, and writes prepared.json: how long each run will train on this machine, and the
+    memory that finding out took.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+    """
+    import resource
+
+    import torch
+
+    from hdkd_lib import data
+
+    _end_with_parent()
+    plan, folder = json.loads(jobs_file.read_text()), jobs_file.parent
+    torch.set_num_threads(plan["threads"])
+    missing = {
+        name: job for name, job in plan["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()
+    }
+    defaults = {notebook: _defaults(notebook) for notebook in {job["notebook"] for job in missing.values()}}
+    loaded = set()
+    for job in missing.values():
+        parameters = defaults[job["notebook"]] | job["parameters"]
+        decoded = {key: parameters[key] for key in ("root", "image_size", "protocol") if key in parameters}
+        if (key := str((parameters.get("dataset"), decoded))) not in loaded and "dataset" in parameters:
+            data.load(parameters["dataset"], **decoded)
+            loaded.add(key)
+    seconds = {name: _seconds(plan["jobs"], name) for name, job in missing.items() if job["notebook"] == "run"}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    (folder / "prepared.json").write_text(json.dumps({"seconds": seconds, "mem_mb": memory}, indent=1) + "\n")
+
+
+def run(
+    plan: str, cores: int, dry_run: bool = False, profile: Path | None = None, gpus: int | None = None, runs_per_gpu: int = 1
+) -> int:
+    """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed.
+
+    Args:
+        profile: Snakemake's profile of a cluster, which then gives each job its GPU.
+        gpus: how many of this machine's GPUs to use; default: all.
+        runs_per_gpu: how many runs share a GPU.
+
+    Raises:
+        ValueError: the plan or the profile is wrong, or there are not so many GPUs; nothing has run.
+    """
     import snakemake.cli
 
     expanded = expand(plan)
+    expanded["cluster"] = _cluster(profile) if profile else None
+    if profile and (gpus, runs_per_gpu) != (None, 1):
+        raise ValueError("GPUS and RUNS_PER_GPU are for this machine; on a cluster say gpu: 1 in the profile")
+    expanded |= _slots(gpus, runs_per_gpu, {} if profile else expanded["jobs"])
     folder = RESULTS / "runs" / plan
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")  # held until this function ends
@@ -289,9 +344,12 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     jobs_file.write_text(json.dumps(expanded, indent=1))
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--config", f"jobs={jobs_file}",
-        "--cores", str(cores), "--scheduler", "greedy", "--keep-going", "--rerun-incomplete",
-        "--rerun-triggers", "mtime", "--nolock", "--quiet", "rules", "host",
+        "--scheduler", "greedy", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
+        "--quiet", "rules", "host",
     ]  # fmt: skip
+    if expanded["slots"]:
+        arguments += ["--resources", f"gpu_slots={len(expanded['gpus']) * runs_per_gpu}"]
+    arguments += ["--profile", str(profile.resolve()), "--local-cores", str(cores)] if profile else ["--cores", str(cores)]
     try:  # in this process, so that whoever ends it ends the workflow
         snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
     except SystemExit as exit:
@@ -300,7 +358,8 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
         lock.release()
     if dry_run:
         _print_power(expanded["content"])
-        _print_times(expanded, folder, cores)
+        if not profile:
+            _print_times(expanded, folder, cores)
         return code
     for name, job in expanded["jobs"].items():
         if not job["report"] and not (folder / name / "metrics.json").exists():
@@ -314,6 +373,88 @@ def run(plan: str, cores: int, dry_run: bool = False) -> int:
     files = [file for report in reports for file in sorted(report.iterdir()) if file.suffix in (".csv", ".tex", ".png", ".pdf")]
     print("Tables and figures:", *files, sep="\n  ")
     return 0
+
+
+def _slots(count: int | None, runs_per_gpu: int, jobs: dict) -> dict:
+    """{"gpus": the first `count` that this process may use, as CUDA_VISIBLE_DEVICES names them; "runs_per_gpu"; "slots": on how
+    many GPUs each run takes a slot}.
+
+    Raises:
+        ValueError: there are fewer GPUs than `count`, or than a run has processes.
+    """
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        found, source = [gpu for gpu in visible.split(",") if gpu not in ("", "-1")], f"CUDA_VISIBLE_DEVICES={visible}"
+    elif shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+        found, source = [str(i) for i in range(sum(line.startswith("GPU ") for line in listed))], "nvidia-smi -L"
+    else:
+        found, source = [], "there is no nvidia-smi"
+    if count is not None and not 1 <= count <= len(found):
+        raise ValueError(f"GPUS={count}, but this machine has {len(found)} GPUs ({source}); leave GPUS out to use all")
+    if runs_per_gpu < 1:
+        raise ValueError(f"RUNS_PER_GPU must be at least 1 (got {runs_per_gpu})")
+    gpus, slots = found[:count], {}
+    for name, job in jobs.items() if gpus else []:
+        if not job["report"] and job["parameters"].get("device") != "cpu":
+            slots[name] = job["parameters"].get("num_processes", 1)
+            if slots[name] > len(gpus):
+                raise ValueError(f"run {name} has {slots[name]} processes, each on a GPU of its own; it may use {len(gpus)}")
+    return {"gpus": gpus, "runs_per_gpu": runs_per_gpu, "slots": slots}
+
+
+@contextlib.contextmanager
+def _gpus(plan: dict, name: str) -> Iterator[None]:
+    """Waits for a free slot on as many GPUs as the run takes, and shows the kernel these GPUs only.
+
+    A slot is the lock of a file in this machine's temporary folder, so plans that run at once share the slots. It is free again
+    when the process ends, however it ends.
+    """
+    gpus, needed = plan["gpus"], plan["slots"].get(name, 0)
+    folder = Path(tempfile.gettempdir()) / f"hdkd_lib-gpus-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    while True:
+        with contextlib.ExitStack() as stack:  # what is not enough is given back: another run may be waiting for it
+            taken = []
+            for number in range(len(gpus) * plan["runs_per_gpu"]):
+                gpu = gpus[number % len(gpus)]
+                lock = filelock.FileLock(folder / f"{gpu}-{number // len(gpus)}.lock", timeout=0)
+                if len(taken) < needed and gpu not in taken:
+                    with contextlib.suppress(filelock.Timeout):
+                        stack.enter_context(lock)
+                        taken.append(gpu)
+            if len(taken) == needed:
+                if needed:
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+                yield
+                return
+        time.sleep(0.5)
+
+
+def _cluster(profile: Path) -> dict:
+    """{"runtime": minutes}, the longest that a job may take by the profile, or None.
+
+    Raises:
+        ValueError: there is no such profile, its executor's plugin or SLURM is not installed, or its runtime is not in minutes.
+    """
+    from ruamel.yaml import YAML
+
+    file = profile / "profile.yaml" if profile.is_dir() else profile
+    if not file.is_file():
+        known = ", ".join(f"profiles/{path.name}" for path in sorted((ROOT / "profiles").iterdir()))
+        raise ValueError(f"no profile {file}; known: {known}")
+    content = YAML(typ="safe", pure=True).load(file) or {}
+    executor = content.get("executor", "local")
+    plugin = f"snakemake-executor-plugin-{executor}"
+    if executor != "local" and not importlib.util.find_spec(plugin.replace("-", "_")):
+        raise ValueError(
+            f"{file} needs {plugin}, which is not installed: {sys.executable} -m pip install -c constraints.txt {plugin}"
+        )
+    if executor == "slurm" and not shutil.which("sbatch"):
+        raise ValueError("there is no SLURM here (no sbatch); start the plan on a login node of the cluster")
+    runtime = (content.get("default-resources") or {}).get("runtime")
+    if runtime is not None and not isinstance(runtime, int):
+        raise ValueError(f"runtime in {file} must be a whole number of minutes (got {runtime!r})")
+    return {"runtime": runtime}
 
 
 def _print_power(content: dict) -> None:
@@ -336,11 +477,8 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     """How long the runs of each arm will take here, measured on a few steps of each."""
     import torch
 
-    from hdkd_lib import estimate
-
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     torch.set_num_threads(expanded["threads"])
-    defaults = _defaults("run")
     jobs_file = folder / "jobs.json"
     before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
     arms: dict[str, list[str]] = {}
@@ -355,10 +493,8 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
             if jobs[name]["notebook"] != "run":
                 chapters += 1
                 continue
-            [teacher] = jobs[name]["needs"] or [None]
-            its_teacher = defaults | jobs[teacher]["parameters"] if teacher else jobs[name]["parameters"].get("teacher")
             try:
-                times.append(estimate.seconds(defaults | jobs[name]["parameters"], its_teacher))
+                times.append(_seconds(jobs, name))
             except FileNotFoundError as error:
                 print(f"no estimate: {error}")
                 return
@@ -370,6 +506,16 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     print(f"in all about {_duration(total / side_by_side)} on {cores} cores, {side_by_side} runs side by side{besides}\n")
 
 
+def _seconds(jobs: dict, name: str) -> float:
+    """How long a run of run.ipynb will train here."""
+    from hdkd_lib import estimate
+
+    defaults, own = _defaults("run"), jobs[name]["parameters"]
+    [teacher] = jobs[name]["needs"] or [None]
+    return estimate.seconds(defaults | own, defaults | jobs[teacher]["parameters"] if teacher else own.get("teacher"))
+
+
+@functools.cache
 def _defaults(notebook: str) -> dict:
     import papermill
 
@@ -389,7 +535,8 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
         return
     before = json.loads(jobs_file.read_text())["jobs"]
     if {name: _essence(job) for name, job in before.items()} != {n: _essence(job) for n, job in expanded["jobs"].items()}:
-        (jobs_file.parent / "reports.done").unlink(missing_ok=True)
+        for file in ("reports.done", "prepared.json"):
+            (jobs_file.parent / file).unlink(missing_ok=True)
     changed = {name for name, job in before.items() if _essence(job) != _essence(expanded["jobs"].get(name))}
     while grown := {name for name, job in before.items() if changed & set(job["needs"])} - changed:
         changed |= grown
@@ -550,18 +697,23 @@ def main() -> int:
     command.add_argument("plan")
     command.add_argument("--cores", type=int, default=os.cpu_count())
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
+    command.add_argument("--profile", type=Path, help="Snakemake's profile of a cluster, such as profiles/slurm")
+    command.add_argument("--gpus", type=int, help="how many of this machine's GPUs to use (default: all)")
+    command.add_argument("--runs-per-gpu", type=int, default=1, help="how many runs share a GPU (default: 1)")
     command = commands.add_parser("publish", help="pack a finished plan, its tables and figures into results/published/")
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
     command.add_argument("--mixed", action="store_true", help="runs of several commits, too; every table says so")
     commands.add_parser("readme", help="write the numbers in README.md and p0.md anew from results/")
+    command = commands.add_parser("prepare", help="what a cluster's runs share; called by the Snakefile")
+    command.add_argument("jobs_file", type=Path)
     command = commands.add_parser("execute", help="one job; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command.add_argument("name")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
-            return run(arguments.plan, arguments.cores, arguments.dry_run)
+            return run(**{name: value for name, value in vars(arguments).items() if name != "command"})
         if arguments.command == "readme":
             from hdkd_lib import readme
 
@@ -569,6 +721,8 @@ def main() -> int:
                 (ROOT / name).write_text(readme.write(name, (ROOT / name).read_text(), ROOT / "results"))
         elif arguments.command == "publish":
             print(publish(arguments.plan, partial=arguments.partial, mixed=arguments.mixed))
+        elif arguments.command == "prepare":
+            prepare(arguments.jobs_file)
         else:
             execute(arguments.jobs_file, arguments.name)
     except (ValueError, RuntimeError, OSError) as error:

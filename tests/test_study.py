@@ -1,7 +1,10 @@
 """The batch driver: plans, their checks, and what happens when a run fails or is killed."""
 
+import importlib.util
+import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -278,6 +281,162 @@ def _is_running(pid):
     import psutil
 
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+# Clusters and GPUs
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (None, r"no profile .*/profile.yaml; known: profiles/slurm$"),
+        ("executor: nothing", "needs snakemake-executor-plugin-nothing, which is not installed: .* -m pip install"),
+        ("executor: slurm", "there is no SLURM here"),
+        ("default-resources: {runtime: 1d}", r"runtime in .* must be a whole number of minutes \(got '1d'\)"),
+    ],
+)
+def test_a_wrong_profile_is_refused_before_anything_runs(plan, tmp_path, monkeypatch, profile, message):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: name.endswith("slurm") or find_spec(name, *args))
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    (tmp_path / "profile").mkdir()
+    if profile:
+        (tmp_path / "profile" / "profile.yaml").write_text(profile)
+    with pytest.raises(ValueError, match=message):
+        study.run(plan(TINY), cores=1, profile=tmp_path / "profile")
+
+
+def test_a_cluster_loads_each_data_set_once_and_estimates_what_is_missing(plan, tmp_path, monkeypatch):
+    content = "parameters: {dataset: digits, image_size: 16}\nreplicates: [{seed: 0}, {seed: 1}]\nruns:\n"
+    content += "  teacher: {network: hdkd_teacher_nano, recipe: {name: nano, epochs: 1}}\n"
+    content += "  student: {like: teacher, recipe: {epochs: 2}}\n  chapter: {notebook: 03_student, image_size: 32}\n"
+    loaded = []
+    monkeypatch.setattr(study, "_end_with_parent", lambda: None)
+    monkeypatch.setattr("hdkd_lib.data.load", lambda name, **options: loaded.append((name, options["image_size"])))
+    monkeypatch.setattr("hdkd_lib.estimate.seconds", lambda own, teacher: own["recipe"]["epochs"])
+    (tmp_path / "jobs.json").write_text(json.dumps(study.expand(plan(content))))
+    (tmp_path / "teacher-seed0").mkdir()
+    (tmp_path / "teacher-seed0" / "metrics.json").touch()
+    study.prepare(tmp_path / "jobs.json")
+    prepared = json.loads((tmp_path / "prepared.json").read_text())
+    assert loaded == [("digits", 16), ("digits", 32)]
+    assert prepared["seconds"] == {"teacher-seed1": 1, "student-seed0": 2, "student-seed1": 2}
+    assert prepared["mem_mb"] > 100  # this process holds torch
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """A machine with two GPUs, as far as study.py can tell; locks are kept apart from those of real runs."""
+    listing = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g Device 0: (UUID: MIG-b)\nGPU 1: NVIDIA H100 (UUID: GPU-c)"
+    program = tmp_path / "programs" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{listing}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(program.parent))
+    monkeypatch.setattr("tempfile.tempdir", None)  # read anew
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+RUN = {"report": False, "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpus": 3}, r"^GPUS=3, but this machine has 2 GPUs \(nvidia-smi -L\); leave GPUS out to use all$"),
+        ({"gpus": 0}, "^GPUS=0, but this machine has 2 GPUs"),
+        ({"runs_per_gpu": 0}, r"RUNS_PER_GPU must be at least 1 \(got 0\)"),
+        ({"gpus": 2, "profile": "profiles/slurm"}, "on a cluster say gpu: 1 in the profile"),
+        ({"content": TINY.replace("{network: hdkd_s", "{num_processes: 3, network: hdkd_s")}, "student-seed0 has 3 processes"),
+    ],
+)
+def test_more_than_the_gpus_that_there_are_is_refused_before_anything_runs(plan, two_gpus, monkeypatch, arguments, message):
+    monkeypatch.setattr(study, "_cluster", lambda profile: {})
+    with pytest.raises(ValueError, match=message):
+        study.run(plan(arguments.pop("content", TINY)), cores=1, **arguments)
+
+
+def test_runs_take_slots_on_the_gpus_that_this_process_may_use(two_gpus, monkeypatch):
+    on_cpu, in_two, report = ({"parameters": p} for p in ({"device": "cpu"}, {"num_processes": 2}, {}))
+    jobs = {"run": RUN, "on_cpu": RUN | on_cpu, "in_two": RUN | in_two, "report": report | {"report": True}}
+    assert study._slots(None, 1, jobs) == {"gpus": ["0", "1"], "runs_per_gpu": 1, "slots": {"run": 1, "in_two": 2}}
+    assert study._slots(1, 1, {"run": RUN})["gpus"] == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-d")
+    assert study._slots(None, 1, {"run": RUN})["gpus"] == ["3", "GPU-d"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert study._slots(None, 1, jobs) == {"gpus": [], "runs_per_gpu": 1, "slots": {}}
+    with pytest.raises(ValueError, match=r"GPUS=1, but this machine has 0 GPUs \(CUDA_VISIBLE_DEVICES=\)"):
+        study._slots(1, 1, jobs)
+
+
+HOLD = """
+import json, os, sys
+import study
+print("waits", flush=True)
+with study._gpus(json.loads(sys.argv[1]), sys.argv[2]):
+    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold(two_gpus):
+    """`hold(run)`: a process that takes what a run needs, two runs to a GPU, and keeps it; it has written one line so far."""
+    plan = study._slots(None, 2, {"run": RUN, "in_two": RUN | {"parameters": {"num_processes": 2}}})
+    started = []
+
+    def hold(run: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLD, json.dumps(plan), run]
+        started.append(subprocess.Popen(command, cwd=study.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0))
+        assert started[-1].stdout.readline() == b"waits\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+
+
+def _gets(process: subprocess.Popen, seconds: float) -> str:
+    """The GPUs that the process got, or nothing if it waits so long."""
+    return process.stdout.readline().decode().strip() if select.select([process.stdout], [], [], seconds)[0] else ""
+
+
+def test_runs_spread_over_the_gpus_and_wait_for_a_slot_that_a_killed_run_frees(hold):
+    runs = []
+    for gpu in ("0", "1", "0", "1"):
+        runs.append(hold("run"))
+        assert _gets(runs[-1], 30) == gpu
+    fifth, in_two = hold("run"), hold("in_two")
+    assert _gets(fifth, 2) == ""
+    runs[1].kill()
+    assert _gets(fifth, 30) == "1"
+    runs[0].kill()
+    assert _gets(in_two, 2) == ""  # a GPU, but not two
+    runs[3].kill()
+    assert _gets(in_two, 30) == "0,1"
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_plan_share_the_gpus(fake, two_gpus):
+    notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
+    during = "import os, time\nstart = time.time()\ntime.sleep(2)\n"
+    during += "used = [os.environ['CUDA_VISIBLE_DEVICES'], start, time.time()]\n"
+    notebook.cells[1].source = during + notebook.cells[1].source.replace("write_text('{}')", "write_text(json.dumps(used))")
+    nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
+    content = f"replicates: {[{'seed': seed} for seed in range(6)]}\nruns: {{teacher: {{notebook: 02_teacher}}}}\nreports: []"
+    (fake / "notebooks" / "plans" / "fake.yaml").write_text(content)
+    command = [sys.executable, "study.py", "run", "fake", "--cores", "6"]
+    refused = subprocess.run([*command, "--gpus", "3"], cwd=fake, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert refused.stderr.startswith("error: GPUS=3, but this machine has 2 GPUs")
+    done = subprocess.run(command, cwd=fake, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = (fake / "results" / "runs" / "fake").glob("*/metrics.json")
+    used = sorted(json.loads(file.read_text()) for file in files)
+    assert {gpu for gpu, *_ in used} == {"0", "1"}
+    for (gpu, _, end), (other, start, _) in itertools.pairwise(used):
+        assert gpu != other or end <= start, "two runs at once on one GPU"
 
 
 # Plans whose arms are parameters of run.ipynb
