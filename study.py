@@ -12,8 +12,8 @@ in the same replicate, or a pretrained network. An arm that is `like` another di
 does a plan that `extends` another; dicts merge one level deep.
 
 What is to be decided stands in the plan before anything runs: each of its `questions` asks a sentence (`ask`) and has
-`contrasts`, pairs of arms by name, judged by `metric` at `epoch` (last or best), where less than `smallest_difference` does not
-matter.
+`contrasts`, pairs of arms by name, judged by `metric` at `epoch` (last, best or ema), where less than `smallest_difference`
+does not matter.
 
 A job's process imports nothing of the library and starts in a second; its notebook imports what it needs.
 """
@@ -136,7 +136,7 @@ def _check_questions(plan: str, content: dict, arms: list[str]) -> None:
     if "questions" in content and (missing := [key for key in QUESTIONS if key not in content]):
         raise ValueError(f"{plan}.yaml asks questions, which need {', '.join(missing)}, too")
     if "epoch" in content:
-        _known(content["epoch"], ["last", "best"], f"epoch in {plan}.yaml")
+        _known(content["epoch"], ["last", "best", "ema"], f"epoch in {plan}.yaml")
     if not 0 < content.get("smallest_difference", 1) <= 1:
         raise ValueError(
             f"smallest_difference in {plan}.yaml must be above 0 and at most 1 (got {content['smallest_difference']})"

@@ -1,11 +1,16 @@
 """The methods in timm's own loop: the calls of its train.py (1.0.31) in their order, in one process and in two."""
 
+import argparse
 import copy
+import re
 import tempfile
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, dispatch_clip_grad, unwrap_model
@@ -15,6 +20,7 @@ from torch.testing import assert_close
 from hdkd_lib import methods, models
 from hdkd_lib.methods import CSKD, HDKD, DearKD
 
+ROOT = Path(__file__).parents[1]
 STEPS = 4
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 4, "num_classes": 5}
 OPTIONS = {
@@ -263,3 +269,17 @@ def test_a_copy_of_a_task_is_whole(method):
     again = copy.deepcopy(task)
     assert_close(task(*generated()[0]), again(*generated()[0]), rtol=0, atol=0)
     assert again.student is not task.student
+
+
+def test_the_lines_that_the_docs_put_into_train_py_work(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "timm.md").read_text()
+    [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save_file(models.create("hdkd_teacher_nano", num_classes=5).state_dict(), "teacher.safetensors")
+    args = argparse.Namespace(num_classes=5, epochs=2, smoothing=0.1)
+    given = {"args": args, "device": torch.device("cpu"), "loader_train": generated()}
+    given["model"] = timm.create_model("hdkd_student_distilled_nano", num_classes=5, drop_rate=0.0)  # as train.py creates it
+    exec(lines, given)
+    task = given["task"]
+    assert (task.total_steps, task.label_smoothing, task.student) == (2 * STEPS, 0.1, given["model"])
+    train(task, [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))])
