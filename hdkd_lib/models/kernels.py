@@ -151,7 +151,8 @@ def _operation(kernel, schema: str, pattern: Callable, outputs: Callable) -> Cal
         results = outputs(*arguments)
         B, C, H, W = arguments[0].shape
         grid, tile = pattern(B, H * W, C)
-        kernel[grid](*arguments, *(results if isinstance(results, tuple) else (results,)), B, H * W, C, **tile)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current one
+            kernel[grid](*arguments, *(results if isinstance(results, tuple) else (results,)), B, H * W, C, **tile)
         return results
 
     operation = torch.library.custom_op(f"hdkd::{kernel.fn.__name__[1:]}", run, mutates_args=(), schema=schema)

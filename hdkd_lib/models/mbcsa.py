@@ -25,7 +25,7 @@ class ConvUnit(nn.Sequential):
 
 def _mean(x: Tensor, *dims: int) -> Tensor:
     """`x.mean(dims, keepdim=True)`, which in bf16 on a CPU would first copy all of x to float32: a fifth of HDKD's step."""
-    return x.sum(dims, keepdim=True) / math.prod(x.shape[dim] for dim in dims)
+    return x.sum(dims, keepdim=True) / math.prod([x.shape[dim] for dim in dims])
 
 
 class ChannelAttention(nn.Module):

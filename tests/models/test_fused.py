@@ -21,7 +21,7 @@ from hdkd_lib.models.mbcsa import CBAM, MBCSA, ConvUnit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not IS_INTERPRETED, reason="kernels need a GPU or Triton's interpreter")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}  # of a tensor's norm; bf16 rounds, which may move a maximum's place
 
 
 def maps(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_the_kernels_compute_the_plain_formulas_in_tritons_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "kernels"]
     answer = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
-    assert "10 passed, 1 skipped" in answer.stdout
+    assert answer.stdout.split()[0].strip(".") == "s", "this test is skipped there, and no other"
 
 
 @needs_kernels
@@ -61,7 +61,7 @@ def test_kernels_gate_as_plain_operations_do(shape, dtype, monkeypatch):
     assert kernels[0].is_contiguous(memory_format=torch.channels_last)
     for expected, value in zip(plain, kernels, strict=True):
         assert value.dtype == dtype
-        assert_close(value, expected, rtol=0, atol=TOLERANCE[dtype] * expected.abs().max().item())
+        assert (value - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
 @needs_kernels
