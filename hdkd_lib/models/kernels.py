@@ -37,7 +37,7 @@ def _load(pointers, mask, other=0.0):
 
 
 @triton.jit
-def _pool_positions(x, mean, maximum, index, images, N, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _pool_positions(x, mean, maximum, index, images, N: tl.constexpr, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
@@ -85,7 +85,9 @@ def _pool_channels_backward_x(grad, grad_pooled, a, index, out, images, N, C, RO
 
 
 @triton.jit
-def _pool_channels_backward_a(x, grad_pooled, index, grad_a, images, N, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _pool_channels_backward_a(
+    x, grad_pooled, index, grad_a, images, N: tl.constexpr, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, N, ROWS):
@@ -113,7 +115,7 @@ def _gate_backward_x(grad, x, a, s, grad_x, grad_s, images, N, C, ROWS: tl.const
 
 
 @triton.jit
-def _gate_backward_a(grad, x, s, grad_a, images, N, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gate_backward_a(grad, x, s, grad_a, images, N: tl.constexpr, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, N, ROWS):
