@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hdkd_lib.models import fused
+
 
 class ConvUnit(nn.Sequential):
     """3x3 convolution, batch norm, GELU: one unit of the stem stage [code]. (B, in, H, W) -> (B, out, H/stride, W/stride)."""
@@ -16,10 +18,14 @@ class ConvUnit(nn.Sequential):
     def __init__(self, in_chans: int, out_chans: int, stride: int = 1):
         super().__init__(nn.Conv2d(in_chans, out_chans, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_chans), nn.GELU())
 
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, gelu = self
+        return fused.norm_gelu(norm, gelu, conv(x))
+
 
 def _mean(x: Tensor, *dims: int) -> Tensor:
     """`x.mean(dims, keepdim=True)`, which in bf16 on a CPU would first copy all of x to float32: a fifth of HDKD's step."""
-    return x.sum(dims, keepdim=True) / math.prod(x.shape[dim] for dim in dims)
+    return x.sum(dims, keepdim=True) / math.prod([x.shape[dim] for dim in dims])
 
 
 class ChannelAttention(nn.Module):
@@ -33,8 +39,12 @@ class ChannelAttention(nn.Module):
             nn.Conv2d(chans // reduction, chans, 1, bias=False),
         )
 
+    def gate(self, mean: Tensor, maximum: Tensor) -> Tensor:
+        """Of the pooled maps, (B, C, 1, 1) all three."""
+        return torch.sigmoid(self.mlp(mean) + self.mlp(maximum))
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.mlp(_mean(x, 2, 3)) + self.mlp(x.amax((2, 3), keepdim=True))) * x
+        return self.gate(_mean(x, 2, 3), x.amax((2, 3), keepdim=True)) * x
 
 
 class SpatialAttention(nn.Module):
@@ -44,8 +54,12 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
+    def gate(self, pooled: Tensor) -> Tensor:
+        """(B, 1, H, W) of mean and maximum, (B, 2, H, W)."""
+        return torch.sigmoid(self.conv(pooled))
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.conv(torch.cat([_mean(x, 1), x.amax(1, keepdim=True)], 1))) * x
+        return self.gate(torch.cat([_mean(x, 1), x.amax(1, keepdim=True)], 1)) * x
 
 
 class CBAM(nn.Module):
@@ -57,7 +71,12 @@ class CBAM(nn.Module):
         self.spatial = SpatialAttention()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.spatial(self.channel(x)) + x
+        if not fused.is_for(x):
+            return self.spatial(self.channel(x)) + x
+        x, mean, maximum = fused.pool_positions(x)
+        a = self.channel.gate(mean, maximum)
+        x, pooled = fused.pool_channels(x, a)
+        return fused.gate(x, a, self.spatial.gate(pooled))
 
 
 class SqueezeExcite(nn.Module):
@@ -110,8 +129,8 @@ class MBCSA(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.expand_norm(self.expand(self.norm(x))))
-        y = self.act(self.depthwise_norm(self.depthwise(y)))
+        y = fused.norm_gelu(self.expand_norm, self.act, self.expand(self.norm(x)))
+        y = fused.norm_gelu(self.depthwise_norm, self.act, self.depthwise(y))
         return self.project_norm(self.project(self.gate(y))) + self.shortcut(x)
 
 
