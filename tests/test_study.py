@@ -412,8 +412,11 @@ def test_runs_spread_over_the_gpus_and_wait_for_a_slot_that_a_killed_run_frees(h
     runs[1].kill()
     assert _gets(fifth, 30) == "1"
     runs[0].kill()
-    assert _gets(in_two, 2) == ""  # a GPU, but not two
-    runs[3].kill()
+    assert _gets(in_two, 2) == ""  # there is a slot on one GPU, and none on the other
+    sixth = hold("run")
+    assert _gets(sixth, 30) == "0"  # who waits for two keeps none
+    for run in (sixth, runs[3]):
+        run.kill()
     assert _gets(in_two, 30) == "0,1"
 
 

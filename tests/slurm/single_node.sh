@@ -1,5 +1,6 @@
 #!/bin/bash
 # A SLURM of this machine alone, for tests; as root.   tests/slurm/single_node.sh start|stop
+# Exit code 3: it cannot be started here, for the reason that is printed.
 # The configuration must be /etc/slurm/slurm.conf: Snakemake's plugin clears SLURM_CONF from the environment of its jobs.
 set -euo pipefail
 STATE=/tmp/hdkd-slurm
@@ -9,16 +10,16 @@ start() {
     for program in slurmctld slurmd sbatch munged; do
         if ! command -v $program > /dev/null; then
             echo "no $program: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge" >&2
-            exit 1
+            exit 3
         fi
     done
     if [ "$(id -u)" != 0 ]; then
         echo "a SLURM can be started by root only" >&2
-        exit 1
+        exit 3
     fi
     if [ -e /etc/slurm/slurm.conf ] && ! grep -q "^$MARK" /etc/slurm/slurm.conf; then
         echo "/etc/slurm/slurm.conf is another cluster's; it is left as it is" >&2
-        exit 1
+        exit 3
     fi
     stop
     mkdir -p $STATE /etc/slurm
@@ -88,5 +89,5 @@ stop() {
 
 case "${1:-}" in
     start | stop) "$1" ;;
-    *) sed -n '2,3p' "$0" >&2 && exit 2 ;;
+    *) sed -n '2,4p' "$0" >&2 && exit 2 ;;
 esac
