@@ -278,7 +278,8 @@ def test_the_lines_that_the_docs_put_into_train_py_work(tmp_path, monkeypatch):
     save_file(models.create("hdkd_teacher_nano", num_classes=5).state_dict(), "teacher.safetensors")
     args = argparse.Namespace(num_classes=5, epochs=2, smoothing=0.1)
     given = {"args": args, "device": torch.device("cpu"), "loader_train": generated()}
-    given["model"] = timm.create_model("hdkd_student_distilled_nano", num_classes=5, drop_rate=0.0)  # as train.py creates it
+    size = {"img_size": 64}  # --model-kwargs img_size=64
+    given["model"] = timm.create_model("hdkd_student_distilled_nano", num_classes=5, drop_rate=0.0, **size)  # as train.py does
     exec(lines, given)
     task = given["task"]
     assert (task.total_steps, task.label_smoothing, task.student) == (2 * STEPS, 0.1, given["model"])

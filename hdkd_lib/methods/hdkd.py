@@ -147,8 +147,7 @@ class HDKD(Distillation):
 
 def _answers(student: nn.Module, tokens: Tensor, weight: float) -> dict[str, Tensor]:
     """Class and distillation logits (B, C), the same where the student has one token, and their weighted mean."""
-    class_logits = student.head(tokens[:, 0])
-    distillation_logits = class_logits if student.dist_token is None else student.head_dist(tokens[:, 1])
+    class_logits, distillation_logits = student.both_heads(tokens)
     output = class_logits + weight * (distillation_logits - class_logits) if weight else class_logits
     return {"class_logits": class_logits, "distillation_logits": distillation_logits, "output": output}
 

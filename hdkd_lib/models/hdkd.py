@@ -72,6 +72,7 @@ class HDKDTeacher(_ThreeStages):
         head_hidden_size: int = 128,
         stem_stride: int = 2,
         gate: str = "cbam",
+        drop_rate: float = 0.0,
     ):
         _check_size("hdkd_teacher", img_size, stem_stride)
         super().__init__(widths, units, in_chans, stem_stride, gate)
@@ -79,6 +80,7 @@ class HDKDTeacher(_ThreeStages):
         self.num_features = widths[-1]
         self.head_hidden_size = head_hidden_size
         self.fc = nn.Linear(widths[-1], head_hidden_size)
+        self.drop_rate = drop_rate
         self.head = nn.Linear(head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
 
     @torch.jit.ignore
@@ -120,7 +122,7 @@ class HDKDTeacher(_ThreeStages):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.fc(x.mean((2, 3)))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(F.dropout(x, self.drop_rate, self.training))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -198,6 +200,7 @@ class HDKDStudent(_ThreeStages):
         distilled: bool = False,
         stem_stride: int = 2,
         gate: str = "cbam",
+        drop_rate: float = 0.0,
     ):
         name = "hdkd_student_distilled" if distilled else "hdkd_student"
         height, width = _check_size(name, img_size, stem_stride)
@@ -217,6 +220,7 @@ class HDKDStudent(_ThreeStages):
         self.pos_embed = nn.Parameter(torch.randn(1, tokens, embed_dim))
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
+        self.drop_rate = drop_rate
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         if distilled:
             self.head_dist = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
@@ -286,12 +290,19 @@ class HDKDStudent(_ThreeStages):
         return self.forward_intermediates(x, [0])[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if self.dist_token is None:
-            return x[:, 0] if pre_logits else self.head(x[:, 0])
         if pre_logits:
-            return (x[:, 0] + x[:, 1]) / 2
-        logits = self.head(x[:, 0]), self.head_dist(x[:, 1])
-        return logits if self.distilled_training and self.training else (logits[0] + logits[1]) / 2
+            return x[:, : self.num_prefix_tokens].mean(1)
+        class_logits, distillation_logits = self.both_heads(x)
+        if self.dist_token is None:
+            return class_logits
+        is_apart = self.distilled_training and self.training
+        return (class_logits, distillation_logits) if is_apart else (class_logits + distillation_logits) / 2
+
+    def both_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and distillation logits (B, C) of `forward_features`; the same where there is one token."""
+        x = F.dropout(x[:, : self.num_prefix_tokens], self.drop_rate, self.training)
+        class_logits = self.head(x[:, 0])
+        return class_logits, class_logits if self.dist_token is None else self.head_dist(x[:, 1])
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))

@@ -264,3 +264,13 @@ def test_a_stem_of_stride_1_gives_small_images_16_tokens_and_the_same_weights():
     assert student.patch_embed.dynamic_feat_size((32, 32)) == (4, 4)
     strided = models.create("hdkd_student_distilled_nano", num_classes=10, img_size=64)
     assert {n: p.shape for n, p in student.named_parameters()} == {n: p.shape for n, p in strided.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["hdkd_teacher_nano", "hdkd_student_nano", "hdkd_student_distilled_nano"])
+def test_drop_rate_is_dropout_before_the_classifier_in_training(name):
+    network, images = models.create(name, num_classes=4, img_size=32, drop_rate=0.5), torch.randn(2, 3, 32, 32)
+    features = network.eval().forward_features(images)
+    still = network.forward_head(features)
+    assert torch.equal(network.forward_head(features), still)
+    network.train()
+    assert not torch.allclose(network.forward_head(features), network.forward_head(features))
