@@ -6,8 +6,8 @@
     gpu.waits, gpu.blocking_copies, gpu.operations
 
 Tensors on "cuda" are torch's FakeTensors; tensors on the CPU stay real, so that what the host draws and decides is as always.
-What is copied to the host has made-up values: 0.5, or 0 of integers. Operations that mix devices raise RuntimeError, as CUDA's.
-What the host would wait for is kept with the line of the project that asked for it.
+What is copied to the host has made-up values: 0.5, 0 of integers, True. An operation that mixes devices raises RuntimeError, as
+CUDA's does. What the host would wait for is kept with the line of the project that asked for it.
 """
 
 import heapq
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 aten = torch.ops.aten
 HOST_ATTENTION, HOST_SAVE, HOST_BACKWARD = F.scaled_dot_product_attention, torch.save, torch.autograd._engine_run_backward
@@ -38,9 +38,18 @@ NO_KERNEL = {  # besides views: what only allocates, or gives the same memory an
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view, aten.lift_fresh,
     aten.resize_, aten.set_,
 }  # fmt: skip
+COPIES, INDEXING = {aten._to_copy, aten.copy_}, {aten.index, aten.index_put, aten.index_put_}
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.bernoulli_, aten.random_}  # not read before
 GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding}  # read of their first tensor as much as they write
 SCATTERS = {aten.index_copy_, aten.index_put_, aten.scatter_, aten.index_add_}  # touch of it as much as they are given
+
+
+def _convolution_backward_flops(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest, out_val) -> int:
+    """The forward pass's, for each of the gradients of x and weight; torch's formula leaves out the groups of the latter."""
+    return sum(rest[-1][:2]) * conv_flop_count(x.shape, weight.shape, gradient.shape, transposed=transposed)
+
+
+FLOPS = flop_registry | {aten.convolution_backward: _convolution_backward_flops}
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,18 @@ class Operation:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """What the host waits for: an operation of ATen, the project's line, and how many operations had been launched before."""
+
+    name: str
+    line: str
+    launched: int
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.line}"
+
+
+@dataclass(frozen=True)
 class Counts:
     """Sums over operations: launches, floating point operations, bytes, and the time an H100 needs at least."""
 
@@ -73,8 +94,8 @@ class FakeCuda(FakeTensorMode):
 
     Attributes:
         operations: every launch, in order: what is no view on tensors of the device. Copies from the host are among them.
-        waits: "operation at file:line" of what the host waits for: values, and results whose size depends on values.
-        blocking_copies: the same of copies from the host without `non_blocking`, for which the host waits too.
+        waits: copies to the host, and results whose size depends on values.
+        blocking_copies: copies from the host without `non_blocking`, for which it waits too.
     """
 
     avoid_device_init = True  # whatever `torch.cuda.is_available` says
@@ -82,8 +103,8 @@ class FakeCuda(FakeTensorMode):
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.operations: list[Operation] = []
-        self.waits: list[str] = []
-        self.blocking_copies: list[str] = []
+        self.waits: list[Wait] = []
+        self.blocking_copies: list[Wait] = []
         self.is_computing = False
         self.patches = ExitStack()
 
@@ -112,6 +133,9 @@ class FakeCuda(FakeTensorMode):
         if not self.enter_stack:
             self.patches.close()
 
+    def __deepcopy__(self, memo: dict) -> "FakeCuda":
+        return self  # a copied tensor is on the same device
+
     def count(self, action: Callable[[], object]) -> Counts:
         """What an action launches; see `operations` for each of them."""
         start = len(self.operations)
@@ -133,27 +157,34 @@ class FakeCuda(FakeTensorMode):
             if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return out
         name = func.overloadpacket
+        may_continue = kwargs.get("non_blocking") or (name is aten.copy_ and len(args) > 2 and args[2])
         if name is aten._local_scalar_dense:
-            self.waits.append(f"{name} at {_line()}")
-            return {torch.bool: True}.get(args[0].dtype, 0.5 if args[0].is_floating_point() else 0)
-        if fakes and (target == "cpu" or (name is aten.copy_ and not isinstance(args[0], FakeTensor))):
-            if not (kwargs.get("non_blocking") or (name is aten.copy_ and len(args) > 2 and args[2])):
-                self.waits.append(f"{name} to the host at {_line()}")
-            return _made_up(args[0], kwargs.get("dtype")) if target == "cpu" else args[0]
-        is_copy = name is aten._to_copy or name is aten.copy_
-        if is_copy and len(fakes) < len(tensors):
-            if not (kwargs.get("non_blocking") or (name is aten.copy_ and len(args) > 2 and args[2])):
-                self.blocking_copies.append(f"{name} at {_line()}")
-        elif name in (aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_):
-            args = (args[0], [self._number(index) for index in args[1]], *args[2:])
+            self._wait(name)
+            return _made_up(args[0]).item()
+        if fakes and target == "cpu":
+            if not may_continue:
+                self._wait(f"{name} to the host")
+            return _made_up(args[0], kwargs.get("dtype"))
+        if name is aten.copy_ and not isinstance(args[0], FakeTensor):
+            if not may_continue:
+                self._wait("copy_ to the host")
+            return args[0]
+        if name in COPIES:
+            if len(fakes) < len(tensors) and not may_continue:
+                self._wait(f"{name} from the host", self.blocking_copies)
+        elif name in INDEXING and isinstance(args[0], FakeTensor):
+            is_fill = name is not aten.index and not isinstance(args[2], FakeTensor) and args[2].ndim == 0
+            args = (args[0], [number for index in args[1] for number in self._numbers(index, is_fill)], *args[2:])
         elif any(of.ndim for of in tensors if not isinstance(of, FakeTensor)):
             raise RuntimeError(f"{name} mixes cuda and cpu at {_line()}")
-        if name is aten.nonzero:
-            self.waits.append(f"{name} at {_line()}")
-            func, args, kwargs = aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim)), {"dtype": torch.long}
-        if name is aten.masked_select:
-            self.waits.append(f"{name} at {_line()}")
-            func, args = aten.new_empty.default, (args[0], (args[1].numel(),))
+        elif name is aten.equal:
+            self._wait(name)
+            return True
+        elif name in (aten.nonzero, aten.masked_select):  # their size depends on values: it is the largest
+            self._wait(name)
+            shape = (args[0].numel(), args[0].ndim) if name is aten.nonzero else (args[1].numel(),)
+            dtype = torch.long if name is aten.nonzero else args[0].dtype
+            func, args, kwargs = aten.new_zeros.default, (args[0], shape), {"dtype": dtype}
         self.is_computing = True
         try:
             out = compute(func, types, args, kwargs)
@@ -162,12 +193,23 @@ class FakeCuda(FakeTensorMode):
         self._log(func, args, kwargs, out)
         return out
 
-    def _number(self, index: Tensor | None) -> Tensor | None:
-        """An index of numbers on the device; a mask becomes as many numbers as it has entries."""
-        if isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.ndim:
-            self.blocking_copies.append(f"index at {_line()}")
-            return torch.empty(index.shape, dtype=index.dtype, device="cuda")
-        return index
+    def _numbers(self, index: Tensor | None, is_fill: bool) -> list[Tensor | None]:
+        """An index as numbers on the device; a mask becomes as many as it has entries, for each of its dimensions."""
+        if index is None:
+            return [None]
+        if not isinstance(index, FakeTensor):
+            self._wait("index from the host", self.blocking_copies)
+        if index.dtype == torch.bool and not is_fill:  # filling with a number on the host needs no numbers
+            self._wait("index by a mask")
+        is_mask = index.dtype == torch.bool
+        with self:
+            return [
+                torch.empty(index.numel() if is_mask else index.shape, dtype=torch.long, device="cuda")
+                for _ in range(index.ndim if is_mask else 1)
+            ]
+
+    def _wait(self, name: object, waits: list[Wait] | None = None) -> None:
+        (self.waits if waits is None else waits).append(Wait(str(name), _line(), len(self.operations)))
 
     def _log(self, func, args, kwargs, out) -> None:
         name, schema = func.overloadpacket, func._schema
@@ -187,7 +229,7 @@ class FakeCuda(FakeTensorMode):
             sizes_read[0] = min(sizes_read[0], sum(sizes_written))
         if name in SCATTERS:
             sizes_read[0] = sizes_written[0] = min(sizes_written[0], sum(sizes_read[1:]))
-        flops = flop_registry[name](*args, **kwargs, out_val=out) if name in flop_registry else 0
+        flops = FLOPS[name](*args, **kwargs, out_val=out) if name in FLOPS else 0
         self.operations.append(Operation(func.name(), _line(), flops, sum(sizes_read) + sum(sizes_written)))
 
 
@@ -196,15 +238,19 @@ def _bytes(tensor: Tensor) -> int:
     return prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) * tensor.element_size()
 
 
-def _made_up(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    with torch.utils._mode_utils.no_dispatch():
-        return torch.full(tensor.shape, 0.5 if tensor.is_floating_point() else 0, dtype=dtype or tensor.dtype)
+def _made_up(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    value = 0.5 if tensor.is_floating_point() else int(tensor.dtype == torch.bool)
+    return torch.full(tensor.shape, value, dtype=dtype or tensor.dtype)
 
 
-def _backward(outputs, gradients, keep_graph, create_graph, inputs, **options) -> tuple:
-    """What torch's engine does, which looks for the devices it works on: nodes from the last to the first of the forward pass."""
-    if not isinstance(outputs[0], FakeTensor):
-        return HOST_BACKWARD(outputs, gradients, keep_graph, create_graph, inputs, **options)
+def _backward(outputs, *arguments, **options) -> tuple:
+    return (run_backward if isinstance(outputs[0], FakeTensor) else HOST_BACKWARD)(outputs, *arguments, **options)
+
+
+def run_backward(
+    outputs, gradients, keep_graph, create_graph, inputs, allow_unused=False, *, accumulate_grad, **options
+) -> tuple:
+    """As torch's engine, which looks for the devices it works on: nodes from the forward pass's last to its first."""
     given: dict = {}  # gradients by node and number of its output
     queue, found = [], [None] * len(inputs)
 
@@ -230,7 +276,7 @@ def _backward(outputs, gradients, keep_graph, create_graph, inputs, **options) -
                     node.next_functions, results if isinstance(results, tuple) else (results,), strict=True
                 ):
                     pass_on(*edge, gradient)
-            elif options["accumulate_grad"]:
+            elif accumulate_grad:
                 leaf = node.variable
                 leaf.grad = gradients[0] if leaf.grad is None else leaf.grad.add_(gradients[0])
             else:
