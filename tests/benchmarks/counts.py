@@ -18,6 +18,7 @@ from pathlib import Path
 
 import timing
 import torch
+from timm.utils import random_seed
 
 from hdkd_lib import models
 from hdkd_lib.data.augment import AUGMENTATIONS, Augmentation
@@ -61,6 +62,7 @@ def actions(task: Method, augmentation: Augmentation, batch: int) -> dict[str, C
     images = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8, device="cuda")
     labels = torch.zeros(batch, dtype=torch.long, device="cuda")
     prepare = Preprocess(task.student, augmentation).to("cuda")
+    random_seed(0)  # how much DeiT's augmentation does is drawn
     step = timing.training_step(task, prepare(images), labels, "bf16")
     return {"step": step, "augmentation": lambda: prepare(images)}
 
