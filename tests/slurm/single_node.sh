@@ -75,6 +75,13 @@ END
 }
 
 stop() {
+    if [ -e $STATE/slurmctld.pid ]; then
+        timeout 10 scancel --user=root || true
+        for _ in $(seq 40); do
+            [ -n "$(timeout 10 squeue --noheader 2> /dev/null)" ] || break
+            sleep 0.5
+        done
+    fi
     for daemon in slurmd slurmctld munged; do
         if [ -e $STATE/$daemon.pid ]; then
             kill "$(cat $STATE/$daemon.pid)" 2> /dev/null || true
