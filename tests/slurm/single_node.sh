@@ -54,6 +54,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 KillWait=5
+UnkillableStepTimeout=300
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
@@ -74,6 +75,13 @@ END
 }
 
 stop() {
+    if [ -e $STATE/slurmctld.pid ]; then
+        timeout 10 scancel --user=root || true
+        for _ in $(seq 40); do
+            [ -n "$(timeout 10 squeue --noheader 2> /dev/null)" ] || break
+            sleep 0.5
+        done
+    fi
     for daemon in slurmd slurmctld munged; do
         if [ -e $STATE/$daemon.pid ]; then
             kill "$(cat $STATE/$daemon.pid)" 2> /dev/null || true

@@ -74,7 +74,7 @@ def test_a_run_killed_by_its_time_limit_goes_on_and_ends_as_one_that_was_not_kil
         assert not (teacher / "metrics.json").exists()
         workflow.wait(1800)
     finally:
-        workflow.terminate()
+        workflow.kill()  # what it left in SLURM ends with SLURM
     assert workflow.returncode == 0, log.read_text()
     assert "| " in log.read_text()  # the table
     assert before.count("\n") < 100
