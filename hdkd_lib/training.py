@@ -237,7 +237,7 @@ class Epoch:
     def means(self) -> dict[str, float]:
         """Over the images of all processes; this is the epoch's one wait."""
         means = distributed.sum_over_processes(self.sums) / (self.images * distributed.rank_and_count()[1])
-        return {f"train_{name}": mean for name, mean in zip(self.names, means.tolist(), strict=True)}
+        return {f"train_{name}": mean for name, mean in zip(self.names, means.cpu().tolist(), strict=True)}
 
 
 def train_epoch(
@@ -351,7 +351,8 @@ class Inputs:
         if recipe.mixup or recipe.cutmix:
             options = {"label_smoothing": recipe.label_smoothing, "num_classes": len(data.classes)}
             self.mix = Mixup(recipe.mixup, recipe.cutmix, **options)
-        self.order = {"weights": weights if recipe.imbalance == "balanced_sampler" else None, "repeats": recipe.aug_repeats}
+        self.order = {"repeats": recipe.aug_repeats}
+        self.order["weights"] = weights[part.labels] if recipe.imbalance == "balanced_sampler" else None
         self.order |= {"shard": (self.rank, processes), "crop": crop, "even": self.mix is not None}
 
     def __len__(self) -> int:

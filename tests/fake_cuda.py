@@ -41,7 +41,13 @@ NO_KERNEL = {  # besides views: what only allocates, or gives the same memory an
 COPIES, INDEXING = {aten._to_copy, aten.copy_}, {aten.index, aten.index_put, aten.index_put_}
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_, aten.bernoulli_, aten.random_}  # not read before
 GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding}  # read of their first tensor as much as they write
-SCATTERS = {aten.index_copy_, aten.index_put_, aten.scatter_, aten.index_add_}  # touch of it as much as they are given
+SCATTERS = {
+    aten.index_copy_,
+    aten.index_put_,
+    aten.scatter_,
+    aten.scatter_add_,
+    aten.index_add_,
+}  # touch of it as much as they are given
 
 
 def _convolution_backward_flops(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest, out_val) -> int:
@@ -125,6 +131,7 @@ class FakeCuda(FakeTensorMode):
             self.patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
             self.patches.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
             self.patches.enter_context(mock.patch.object(torch, "save", _save))
+            self.patches.enter_context(mock.patch.object(torch, "Generator", return_value=torch.Generator()))
             self.patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _backward))
         return super().__enter__()
 

@@ -126,7 +126,7 @@ def batches(
     None: as many as this process has cores, at most 16).
 
     Args:
-        weights: (C,) draw each image with its class's weight, with replacement, instead of once (the balanced sampler).
+        weights: (N,) on the CPU: draw each image with its weight, with replacement, instead of once (the balanced sampler).
         repeats: augmented copies of each image per epoch; an epoch keeps its length, so it uses 1/`repeats` of the images
             (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335, as DeiT).
         crop: whether files are cropped at random; without effect on decoded images.
@@ -138,7 +138,7 @@ def batches(
     """
     order = torch.arange(len(part))
     if weights is not None:
-        order = torch.multinomial(weights.cpu()[part.labels.cpu()], len(part), replacement=True)
+        order = torch.multinomial(weights, len(part), replacement=True)
     elif shuffle:
         order = torch.randperm(len(part))
     chunks = list(order.repeat_interleave(repeats)[: len(part)].split(size))

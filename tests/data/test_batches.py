@@ -118,7 +118,7 @@ def test_weights_draw_the_classes_evenly_and_the_images_of_a_class_too():
     labels = torch.tensor([0] * 10 + [1] * 190)
     part = Part(torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1), labels, [""] * 200, labels.numpy())
     torch.manual_seed(0)
-    epochs = [list(batches(part, 16, shuffle=True, weights=1 / labels.bincount().float())) for _ in range(20)]
+    epochs = [list(batches(part, 16, shuffle=True, weights=1 / labels.bincount().float()[labels])) for _ in range(20)]
     drawn = torch.cat([label for epoch in epochs for _, label in epoch])
     assert len(drawn) == 20 * 200
     assert drawn.float().mean() == pytest.approx(0.5, abs=0.03)
