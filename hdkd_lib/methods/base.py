@@ -25,10 +25,10 @@ class Learner(nn.Module):
     Its forward is the method's `student_pass`, so that what wraps it (DistributedDataParallel, torch.compile) sees all of it.
     """
 
-    def __init__(self, student: nn.Module, student_pass: Callable[..., dict], in_eval_mode: bool = False):
+    def __init__(self, student: nn.Module, student_pass: Callable[..., dict]):
         super().__init__()
-        self.student, self.auxiliary = student, nn.ModuleDict()
-        self.student_pass, self.in_eval_mode = student_pass, in_eval_mode
+        self.student, self.auxiliary, self.student_pass = student, nn.ModuleDict(), student_pass
+        self.in_eval_mode = False  # whether the student stays in eval mode in training, as for a probe
 
     def forward(self, images: Tensor, **asked) -> dict:
         return self.student_pass(self.student, self.auxiliary, images, **asked)
