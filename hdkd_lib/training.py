@@ -86,7 +86,8 @@ def fit(
             have it.
         cache_on_device: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
         compile: whether networks are compiled (torch.compile); "auto": on GPUs, if the run is long enough to repay it. Like
-            num_processes it is no part of the configuration: the weights differ by rounding.
+            num_processes it is no part of the configuration: the weights differ by rounding, and by what a network drops at
+            random, which compiled code draws in another way.
         num_processes: train in so many processes, each with its share of every batch, on as many GPUs, or on the CPU. It is no
             part of the configuration: the weights are those of one process but for rounding where nothing is drawn for a batch
             (augmentation, mixup) or counted in one (class weights, DearKD's standardised targets, and on CPUs batch norm).

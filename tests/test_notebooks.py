@@ -46,7 +46,7 @@ class TestNotebook:
         [cell] = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
         lines = cell.source.splitlines()
         own = [line for line in lines if not line.startswith("# ")]
-        assert all(re.fullmatch(r"\w+: (str|int|float|bool|list|dict) = [^#]+  # .+", line) for line in own)
+        assert all(re.fullmatch(r"\w+: (str|int|float|bool|list|dict)( \| bool)? = [^#]+  # .+", line) for line in own)
         if "02" <= path.stem[:2] <= "07":
             assert len(own) <= 12, "run.ipynb has every option; a chapter has what it is about"
             assert sum(line.startswith("# ") for line in lines) == 3, "what is studied, the network or method, the machine"
