@@ -5,7 +5,7 @@ than `SMALL` points, which is ten pixels on a page of 830.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from hdkd_lib import tables
+from hdkd_lib.metrics import Predictions, weighted
 from hdkd_lib.statistics import interval
 from hdkd_lib.tables import METRICS, title
 
@@ -37,6 +38,7 @@ STYLES = {
 SPARE = (("#3f51b5", "<"), ("#a0740b", ">"), ("#2e6b34", "p"), ("#b23a3a", "d"), ("#555f8a", "H"), ("#8f4f8f", "8"))
 PALETTE = [color for color, _ in STYLES.values() if color != STYLES["teacher"][0]]
 WIDTH, SMALL = 10.0, 9
+WRONG = "#b00020"
 DASHES = ("--", ":", "-.", (0, (6, 2)))  # of classifiers that train no network
 
 
@@ -84,7 +86,12 @@ def set_style() -> None:
     )
     if (shell := get_ipython()) is not None:
         plt.close(plt.figure())  # Jupyter's backend registers its own way of showing figures with the first of them
-        shell.display_formatter.formatters["image/png"].for_type(Figure, _light_png)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _described_png)
+
+
+def _described_png(figure: Figure) -> tuple[bytes, dict]:
+    """What Jupyter shows: the image, and in its metadata the words for those who do not see it."""
+    return _light_png(figure), {"alt": figure.get_label()}
 
 
 def _light_png(figure: Figure, dpi: float | None = None) -> bytes:
@@ -108,7 +115,9 @@ def save(figure: Figure, path: str | Path) -> Path:
 def contact_sheet(images: Tensor, labels: Tensor, classes: Sequence[str], per_class: int = 6) -> Figure:
     """The first `per_class` images (N, 3, S, S; uint8, or float in [0, 1]) of every class, one column per class."""
     columns = len(classes)
-    figure, axes = _subplots(per_class, columns, figsize=(1.15 * columns, 1.15 * per_class + 0.3), squeeze=False)
+    size = (1.15 * columns, 1.15 * per_class + 0.3)
+    alt = f"Images of each class, one column per class: {_listed(classes)}."
+    figure, axes = _subplots(per_class, columns, figsize=size, squeeze=False, alt=alt)
     for c, name in enumerate(classes):
         chosen = images[labels == c][:per_class]
         for row, axis in enumerate(axes[:, c]):
@@ -124,7 +133,8 @@ def image_grid(rows: Mapping[str, Tensor]) -> Figure:
     import seaborn as sns  # takes seconds
 
     count = max(len(images) for images in rows.values())
-    figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 0.8, 1.2 * len(rows)), squeeze=False)
+    size, alt = (1.15 * count + 0.8, 1.2 * len(rows)), f"Images in {len(rows)} rows: {_listed(rows)}."
+    figure, axes = _subplots(len(rows), count, figsize=size, squeeze=False, alt=alt)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -144,7 +154,8 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
     """
     number = {name: i for i, name in enumerate(ids)}
     worst = pairs.sort_values(["is_conflict", "is_crossing", "bits"], ascending=False, kind="stable").head(count)
-    figure, axes = _subplots(2, max(1, len(worst)), figsize=(1.5 * max(4, len(worst)), 4), squeeze=False)
+    size, alt = (1.5 * max(4, len(worst)), 4), f"{len(worst)} pairs of duplicate images, one above the other."
+    figure, axes = _subplots(2, max(1, len(worst)), figsize=size, squeeze=False, alt=alt)
     for axis in axes.flat:
         axis.axis("off")
     if not len(worst):
@@ -164,7 +175,8 @@ def leakage_gain(scores: pd.DataFrame) -> Figure:
     import seaborn as sns  # takes seconds
 
     names = list(scores.classifier.unique())
-    figure, axes = _subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False)
+    alt = f"Balanced accuracy of {_listed(names)} by protocol: {_listed(scores.protocol.unique())}."
+    figure, axes = _subplots(1, len(names), figsize=(3.2 * len(names), 3), sharey=True, squeeze=False, alt=alt)
     for axis, name in zip(axes[0], names, strict=True):
         own = scores[scores.classifier == name]
         sns.stripplot(own, x="protocol", y="balanced_accuracy", hue="protocol", alpha=0.5, jitter=False, ax=axis)
@@ -184,7 +196,8 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
         links: (part above, part below) and what is written on the arrow between them.
     """
     columns = max(len(parts) for parts in networks.values())
-    figure, axis = _subplots(figsize=(1.3 * columns + 1, 4.8))
+    alt = f"Two networks as rows of boxes: {_listed(networks)}; arrows from the first to the second: {_listed(links.values())}."
+    figure, axis = _subplots(figsize=(1.3 * columns + 1, 4.8), alt=alt)
     axis.set(xlim=(-1, columns - 0.6), ylim=(-3.7, 1.6))
     axis.axis("off")
     largest = max(part["shape"][-1] for parts in networks.values() for part in parts if len(part["shape"]) == 3)
@@ -213,15 +226,26 @@ def architecture(networks: Mapping[str, Sequence[dict]], links: Mapping[tuple[st
     return figure
 
 
-def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, float] | None = None) -> Figure:
+def overlays(
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    labels: Tensor,
+    classes: Sequence[str],
+    predicted: Mapping[str, Tensor],
+    limits: tuple[float, float] | None = None,
+) -> Figure:
     """The images (N, 3, H, W; uint8, or float in [0, 1]), and below them every entry's maps (N, h, w) laid over them.
 
     Args:
+        labels, classes: true classes (N,) of the images, named above them.
+        predicted: classes (N,) that the network of an entry predicts, named above its maps; red where that is wrong.
         limits: values of the darkest and the brightest colour, with a scale beside; None: each map's own extremes.
     """
     low, high = limits or (None, None)
-    count = len(images)
-    figure, axes = _subplots(1 + len(maps), count, figsize=(1.2 * count + 1, 1.25 * (1 + len(maps))), squeeze=False)
+    count, names = len(images), [str(name).replace("_", "\n") for name in classes]
+    size = (1.2 * count + 1, 1.5 * (1 + len(maps)))
+    alt = f"Images, and laid over them maps of {_listed(maps)}, with true and predicted classes."
+    figure, axes = _subplots(1 + len(maps), count, figsize=size, squeeze=False, alt=alt)
     pictures = images.permute(0, 2, 3, 1).cpu().numpy()
     height, width = pictures.shape[1:3]
     for line, (name, values) in zip(axes, {"image": None, **maps}.items(), strict=True):
@@ -230,6 +254,10 @@ def overlays(images: Tensor, maps: Mapping[str, Tensor], limits: tuple[float, fl
             if values is not None:
                 over = {"cmap": "inferno", "alpha": 0.6, "interpolation": "nearest", "extent": (0, width, height, 0)}
                 axis.imshow(values[i].cpu().numpy(), vmin=low, vmax=high, **over)
+                color = "black" if predicted[name][i] == labels[i] else WRONG
+                axis.set_title(f"predicted {names[predicted[name][i]]}", fontsize=SMALL, color=color)
+            else:
+                axis.set_title(f"class {names[labels[i]]}", fontsize=SMALL)
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -244,7 +272,8 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
     import seaborn as sns  # takes seconds
 
     rows = [(part, classes[c], int((labels == c).sum())) for part, labels in parts.items() for c in range(len(classes))]
-    figure, axis = _subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3))
+    alt = f"Images of each class in {_listed(parts)}; classes: {_listed(classes)}."
+    figure, axis = _subplots(figsize=(max(5, 0.9 * len(classes) + 2), 3), alt=alt)
     sns.barplot(pd.DataFrame(rows, columns=["part", "class", "images"]), x="class", y="images", hue="part", ax=axis)
     _name_classes(axis, range(len(classes)), classes)
     axis.set_xlabel("")
@@ -254,7 +283,8 @@ def class_counts(parts: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
 
 def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     """Training loss (divided by its first value), validation cross-entropy and balanced accuracy by epoch."""
-    figure, axes = _subplots(1, 3, figsize=(10, 3.1))
+    alt = f"Training loss, validation cross-entropy and validation balanced accuracy by epoch: {_listed(histories)}."
+    figure, axes = _subplots(1, 3, figsize=(10, 3.1), alt=alt)
     styled = styles(list(histories))
     for i, (name, history) in enumerate(histories.items()):
         style = {"label": name, "linestyle": ("-", "--", "-.", ":")[i % 4]}  # one may lie on another
@@ -278,7 +308,8 @@ def loss_terms(history: pd.DataFrame, terms: Mapping[str, str], yscale: str = "l
     Args:
         terms: column of the history without its prefix `train_`, and the equation in TeX.
     """
-    figure, axes = _subplots(1, len(terms), figsize=(4.6 * len(terms), 3), squeeze=False)
+    alt = f"By epoch: {_listed(term.replace('_', ' ') for term in terms)}."
+    figure, axes = _subplots(1, len(terms), figsize=(4.6 * len(terms), 3), squeeze=False, alt=alt)
     for axis, color, (term, equation) in zip(axes[0], _cycle(), terms.items(), strict=False):
         axis.plot(history.epoch + 1, history[f"train_{term}"], color=color)
         axis.set(title=equation, xlabel="epoch", ylabel=term.replace("_", " "))
@@ -293,7 +324,8 @@ def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> F
     import seaborn as sns  # takes seconds
 
     rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
-    figure, axis = _subplots(figsize=(5.5, 3))
+    alt = f"Linear CKA with the teacher's features at {_listed(stages)}: {_listed(scores)}."
+    figure, axis = _subplots(figsize=(5.5, 3), alt=alt)
     colors = {name: style["color"] for name, style in styles(list(scores)).items()}
     table = pd.DataFrame(rows, columns=["stage", "student", "CKA"])
     sns.barplot(table, x="stage", y="CKA", hue="student", palette=colors, ax=axis)
@@ -317,7 +349,9 @@ def comparison(
     styled = styles(names)
     if baselines is not None:
         baselines = baselines[baselines.replicate.isin(frame.replicate)]
-    figure, axes = _subplots(1, len(metrics), figsize=(WIDTH, max(3.2, 0.3 * len(names) + 1.2)), squeeze=False, sharey=True)
+    size = (WIDTH, max(3.2, 0.3 * len(names) + 1.2))
+    alt = f"{_listed(METRICS[metric] for metric in metrics)} of every replicate, with intervals: {_listed(map(title, names))}."
+    figure, axes = _subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, alt=alt)
     for axis, metric in zip(axes[0], metrics, strict=True):
         values = frame.assign(score=100 * frame[f"last_{metric}"])
         for _, replicate in values.groupby("replicate"):
@@ -365,7 +399,8 @@ def contrasts(table: pd.DataFrame, smallest: float = 0.0, metric: str = "") -> F
     each = [100 * abs(d) for r in table.result if r for d in r.differences]
     limit = max([2.5 * np.median(ends), *each, 200 * smallest], default=1.0) if ends else max(200 * smallest, 1.0)
     limit = 1.1 * min(limit, max([*ends, *each, 200 * smallest], default=limit))
-    figure, axis = _subplots(figsize=(WIDTH, 0.36 * len(table) + 1.2))
+    alt = f"Differences of two arms in percentage points, with intervals: {_listed(label.split(':')[0] for label in labels)}."
+    figure, axis = _subplots(figsize=(WIDTH, 0.36 * len(table) + 1.2), alt=alt)
     axis.axvspan(-100 * smallest, 100 * smallest, color="0.92", zorder=0, lw=0)
     axis.axvline(0, color="0.4", lw=1, zorder=1)
     marked = []
@@ -400,7 +435,8 @@ def training_time(frame: pd.DataFrame, plan: Mapping, metric: str = "balanced_ac
     """
     times = tables.times(frame, plan)
     styled = styles(list(times.index))
-    figure, axis = _subplots(figsize=(8, 4.2))
+    alt = f"{METRICS[metric]} against training time: {_listed(map(title, times.index))}."
+    figure, axis = _subplots(figsize=(8, 4.2), alt=alt)
     for arm, row in times[times.index.isin(frame.arm)].iterrows():
         estimate = interval(100 * frame[frame.arm == arm][f"last_{metric}"])
         half = None if np.isnan(estimate.half_width) else estimate.half_width
@@ -420,7 +456,8 @@ def training_time(frame: pd.DataFrame, plan: Mapping, metric: str = "balanced_ac
 
 def schedules(weights: Mapping[str, Callable[[float], float]], chosen: str) -> Figure:
     """A weight over the progress of training, by name of its schedule; the chosen one is thick."""
-    figure, axis = _subplots(figsize=(4.5, 2.6))
+    alt = f"Weight of the local responses over training, by schedule: {_listed(weights)}; chosen: {chosen}."
+    figure, axis = _subplots(figsize=(4.5, 2.6), alt=alt)
     progress = np.linspace(0, 1, 101)
     for name, weight in weights.items():
         axis.plot(progress, [weight(t) for t in progress], lw=3 if name == chosen else 1, label=name)
@@ -431,7 +468,8 @@ def schedules(weights: Mapping[str, Callable[[float], float]], chosen: str) -> F
 
 def attention_distances(distances: Mapping[str, Tensor]) -> Figure:
     """Mean attention distance of every head (blocks, heads) by block: a dot per head, a line through the blocks' means."""
-    figure, axis = _subplots(figsize=(5.5, 3.2))
+    alt = f"Mean attention distance of every head by block: {_listed(distances)}."
+    figure, axis = _subplots(figsize=(5.5, 3.2), alt=alt)
     styled = styles(list(distances))
     for i, (name, values) in enumerate(distances.items()):
         blocks = np.arange(1, len(values) + 1) + 0.08 * (i - (len(distances) - 1) / 2)
@@ -451,7 +489,8 @@ def heatmaps(rows: Mapping[str, Tensor], each: str = "map") -> Figure:
         each: what one map is of, such as "head", for the titles.
     """
     count = max(len(maps) for maps in rows.values())
-    figure, axes = _subplots(len(rows), count, figsize=(1.15 * count + 1.6, 1.2 * len(rows)), squeeze=False)
+    size, alt = (1.15 * count + 1.6, 1.2 * len(rows)), f"Maps of every {each}: {_listed(rows)}."
+    figure, axes = _subplots(len(rows), count, figsize=size, squeeze=False, alt=alt)
     for line, (name, maps) in zip(axes, rows.items(), strict=True):
         for axis, values in zip(line, maps, strict=False):
             axis.imshow(values.cpu().numpy(), cmap="inferno")
@@ -466,7 +505,8 @@ def heatmaps(rows: Mapping[str, Tensor], each: str = "map") -> Figure:
 
 def layer_gaps(gaps: Mapping[str, Sequence[Mapping]]) -> Figure:
     """How far images are from what every batch norm remembers, by `inversion.statistics_gap`: means and variances, by layer."""
-    figure, axes = _subplots(1, 2, figsize=(10, 3))
+    alt = f"Distance of means and variances from what each batch norm remembers, by layer: {_listed(gaps)}."
+    figure, axes = _subplots(1, 2, figsize=(10, 3), alt=alt)
     styled = styles(list(gaps))
     for axis, statistic, label in zip(
         axes, ("mean", "var"), ("means: RMS difference / running std", "variances: mean |log ratio|"), strict=True
@@ -486,8 +526,9 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines
         frame: of `runs.load`.
         baselines: of `baselines.measure`: dashed lines through their means.
     """
-    figure, axis = _subplots(figsize=(8, 4))
     arms, values = list(dict.fromkeys(frame.arm)), frame.assign(score=100 * frame[f"last_{metric}"])
+    alt = f"{METRICS[metric]} by the share of the training images: {_listed(map(title, arms))}."
+    figure, axis = _subplots(figsize=(8, 4), alt=alt)
     styled, marked = styles(arms), []
     for i, arm in enumerate(arms):
         own, shift = values[values.arm == arm], 1.03 ** (i - (len(arms) - 1) / 2)
@@ -517,7 +558,8 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines
 
 def mean_curves(histories: Mapping[str, Sequence[pd.DataFrame]], column: str = "val_balanced_accuracy") -> Figure:
     """A history column in percent by epoch: every replicate thin, the mean of each arm thick."""
-    figure, axis = _subplots(figsize=(8, 3.6))
+    alt = f"{column.replace('val_', 'validation ')} by epoch, every replicate and the means: {_listed(map(title, histories))}."
+    figure, axis = _subplots(figsize=(8, 3.6), alt=alt)
     styled = styles(list(histories))
     for name, replicates in histories.items():
         for history in replicates:
@@ -542,7 +584,8 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
     names = [str(name).replace("_", "\n") for name in classes] if len(classes) <= 30 else False
     columns = min(3, len(matrices)) if len(classes) <= 12 else min(2, len(matrices))
     rows, size = -(-len(matrices) // columns), min(WIDTH / columns, max(3.2, 0.4 * len(classes) + 1))
-    figure, axes = _subplots(rows, columns, figsize=(size * columns, (size + 0.3) * rows), squeeze=False)
+    alt = f"Confusion matrices in percent of the true class: {_listed(map(title, matrices))}."
+    figure, axes = _subplots(rows, columns, figsize=(size * columns, (size + 0.3) * rows), squeeze=False, alt=alt)
     for axis in axes.flat[len(matrices) :]:
         axis.axis("off")
     for i, (axis, (name, counts)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
@@ -561,11 +604,74 @@ def confusions(matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequenc
     return figure
 
 
-def _subplots(*arguments, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
-    """`plt.subplots` whose figure pyplot forgets: a notebook shows it once, where it is the value of a cell."""
+def recalls(predictions: Mapping[str, Sequence[Predictions]], classes: Sequence[str]) -> Figure:
+    """Recall of every class by arm, with 95 % intervals (`tables.recalls`).
+
+    Args:
+        predictions: by arm, of every replicate.
+    """
+    table = tables.recalls(predictions, classes)
+    alt = f"Recall of every class, with intervals: {_listed(map(title, predictions))}."
+    figure, axis = _subplots(figsize=(min(WIDTH, max(6, 0.14 * len(classes) * len(predictions) + 3)), 3.6), alt=alt)
+    for i, (arm, style) in enumerate(styles(list(predictions)).items()):
+        own = 100 * table[table.arm == arm].set_index("class")[["recall", "low", "high"]]
+        places = np.arange(len(own)) + 0.8 * ((i + 0.5) / len(predictions) - 0.5)
+        ends = [own.recall - own.low, own.high - own.recall]
+        axis.errorbar(places, own.recall, ends, ls="", ms=5, lw=1, capsize=2, label=title(arm), **style)
+    axis.set(xlabel="class", ylabel="recall (%)", ylim=(-2, 102), xlim=(-0.5, len(classes) - 0.5))
+    axis.grid(axis="x", visible=False)
+    if len(classes) <= 30:
+        _name_classes(axis, range(len(classes)), classes)
+    figure.legend(loc="outside lower center", ncol=6)
+    return figure
+
+
+def reliability(predictions: Mapping[str, Sequence[Predictions]]) -> Figure:
+    """Accuracy by confidence, one panel per arm, with 95 % intervals (`tables.calibration`); grey: the share of the images.
+
+    On the diagonal a network is as often right as it says. Below it, it is overconfident.
+
+    Args:
+        predictions: by arm, of every replicate, with confidences.
+    """
+    columns = min(3, len(predictions))
+    rows = -(-len(predictions) // columns)
+    alt = f"Accuracy by confidence, with intervals: {_listed(map(title, predictions))}."
+    size = (3.2 * columns, 3.2 * rows)
+    figure, axes = _subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, alt=alt)
+    for axis in axes.flat[len(predictions) :]:
+        axis.axis("off")
+    styled = styles(list(predictions))
+    for axis, (arm, of) in zip(axes.flat, predictions.items(), strict=False):
+        table = 100 * tables.calibration(of)
+        axis.plot([0, 100], [0, 100], "--", color="0.5", lw=1, zorder=1)
+        axis.bar(table.confidence, table.share, width=4, color="0.85", zorder=0)
+        ends = [table.accuracy - table.low, table.high - table.accuracy]
+        axis.errorbar(table.confidence, table.accuracy, ends, ls="", ms=5, lw=1, capsize=2, **styled[arm], zorder=2)
+        ece = interval([weighted("ece", one)[0] for one in of])
+        axis.set_title(f"{title(arm)}: ECE {ece}", fontsize=SMALL + 1)
+        axis.set(xlim=(0, 100), ylim=(0, 102))
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel("confidence (%)", fontsize=SMALL + 1)
+    figure.supylabel("accuracy (%)", fontsize=SMALL + 1)
+    return figure
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in a sentence; of many the first, and how many there are."""
+    names = [str(name).replace("_", " ") for name in names]
+    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:12])} and {len(names) - 12} more"
+
+
+def _subplots(*arguments, alt: str, **options) -> tuple[Figure, plt.Axes | np.ndarray]:
+    """`plt.subplots` whose figure pyplot forgets: a notebook shows it once, where it is the value of a cell.
+
+    Args:
+        alt: what the figure shows, in a sentence, for those who do not see it.
+    """
     width, height = options.pop("figsize")
     scale = min(1, WIDTH / width)
-    figure, axes = plt.subplots(*arguments, figsize=(scale * width, scale * height), **options)
+    figure, axes = plt.subplots(*arguments, figsize=(scale * width, scale * height), label=alt, **options)
     plt.close(figure)
     return figure, axes
 

@@ -55,6 +55,20 @@ def results_dir() -> Path:
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
 
 
+def from_root(path: str | Path) -> Path:
+    """A folder as texts name it ("results/published/smoke"), from every working directory.
+
+    What is not in the working directory is looked for where results/ lies, and in the clone. A folder that is yet to be made
+    goes where the first of its parents is.
+    """
+    path = Path(path).expanduser()
+    for there in (path, path.parent / "runs.json", Path(*path.parts[:1])):  # packed runs have no folders
+        for base in (Path(), results_dir().parent, ROOT):
+            if (base / there).exists():
+                return base / path
+    return path
+
+
 def read_config(path: Path) -> dict:
     """A config.json, under the names of today."""
     return _todays_names(json.loads(path.read_text()))
@@ -100,9 +114,7 @@ class Run:
 
     @one_sentence
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
-        if not self.path.exists() and (beside := results_dir().parent / self.path).exists():
-            self.path = beside  # "results/..." is found from every working directory
+        self.path = from_root(path)
         self._packed = None if (self.path / "config.json").exists() else packed(self.path.parent).get(self.path.name)
         if self._packed is None and not (self.path / "config.json").exists():
             raise FileNotFoundError(f"{self.path} is no run folder: it has no config.json")
@@ -118,7 +130,7 @@ class Run:
         if not path:
             name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{identity}"
             path = results_dir() / "runs" / "interactive" / name
-        path = Path(path)
+        path = from_root(path)
         if (path / "config.json").exists() and (other := config_hash(read_config(path / "config.json"))) != identity:
             aside = path.with_name(f"{path.name}~{other}")
             while aside.exists():  # that configuration was set aside here before
@@ -277,7 +289,7 @@ def plan(folder: str | Path) -> dict:
 
     `questions_changed_after` is how many runs were finished when its questions changed, if they did.
     """
-    file = Path(folder) / "plan.json"
+    file = from_root(folder) / "plan.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -295,7 +307,7 @@ def load(folder: str | Path) -> pd.DataFrame:
         FileNotFoundError: no finished run is there.
         ValueError: a published plan of an older form, or one whose files are not those of its manifest.
     """
-    folder = Path(folder)
+    folder = from_root(folder)
     for manifest in (folder / "manifest.json", *folder.glob("*/manifest.json")):
         if manifest.exists():
             _check_published(manifest)
@@ -353,7 +365,7 @@ def remeasure(folder: str | Path) -> int:
     Raises:
         FileNotFoundError: no finished run is there; published runs keep too little of most predictions to be measured again.
     """
-    found = sorted(path.parent for path in Path(folder).glob("*/metrics.json") if "~" not in path.parent.name)
+    found = sorted(path.parent for path in from_root(folder).glob("*/metrics.json") if "~" not in path.parent.name)
     if not found:
         raise FileNotFoundError(f"no finished run in {folder}; give a plan's folder in results/runs")
     for run in map(Run, found):

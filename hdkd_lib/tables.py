@@ -245,6 +245,69 @@ def selection_bias(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def predictions(frame: pd.DataFrame, epoch: str = "last") -> dict[str, list[Predictions]]:
+    """What the runs of each arm predict for the test images, without those that are in the training part.
+
+    Arms whose runs did not keep the predictions of that epoch are left out.
+    """
+    found = {}
+    for name, group in frame.groupby("run", sort=False):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = [_scored(path, epoch) for path in group.path]
+    return found
+
+
+def recalls(predictions: Mapping[str, Sequence[Predictions]], classes: Sequence[str]) -> pd.DataFrame:
+    """One row per arm and class: recall, and low and high of its 95 % interval, in [0, 1].
+
+    Args:
+        predictions: by arm, of every replicate. Each end of an interval is the farther one of Wilson's interval for other test
+            images, which replicates share, and of the t interval over replicates, where there are several.
+    """
+    rows = [
+        (arm, name, *_share([(one.predicted == c)[one.labels == c] for one in of]))
+        for arm, of in predictions.items()
+        for c, name in enumerate(classes)
+    ]
+    return pd.DataFrame(rows, columns=["arm", "class", "recall", "low", "high"])
+
+
+def calibration(of: Sequence[Predictions], bins: int = 15) -> pd.DataFrame:
+    """One row per bin of confidence that holds images: confidence (mean), share of all images, and accuracy with low and high.
+
+    The bins are those of the ECE; all values are in [0, 1], intervals as in `recalls`.
+
+    Args:
+        of: predictions of every replicate of an arm.
+    """
+    number = [np.clip(np.ceil(one.confidence * bins), 1, bins) for one in of]
+    confidence, every = np.concatenate([one.confidence for one in of]), np.concatenate(number)
+    rows = [
+        (
+            confidence[every == i].mean(),
+            (every == i).mean(),
+            *_share([(p.predicted == p.labels)[n == i] for p, n in zip(of, number, strict=True)]),
+        )
+        for i in np.unique(every)
+    ]
+    return pd.DataFrame(rows, columns=["confidence", "share", "accuracy", "low", "high"])
+
+
+def _share(right: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """The share of images that are right, mean over the replicates that have images, and the ends of its 95 % interval."""
+    from scipy import stats  # takes seconds
+
+    right = [one for one in right if len(one)]
+    if not right:
+        return math.nan, math.nan, math.nan
+    of, n, z2 = interval([one.mean() for one in right]), np.mean([len(one) for one in right]), stats.norm.ppf(0.975) ** 2
+    p = of.mean
+    middle = (p + z2 / 2 / n) / (1 + z2 / n)  # Wilson 1927
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / 4 / n**2)) / (1 + z2 / n)
+    low, high = np.nanmin([middle - half, p - of.half_width, p]), np.nanmax([middle + half, p + of.half_width, p])
+    return p, max(low, 0.0), min(high, 1.0)
+
+
 def times(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     """Training time by arm in units of the plain student's, from which it descends by `like`: own, and teacher (its teachers').
 
@@ -331,6 +394,11 @@ def check_arms(arms: Sequence[str], frame: pd.DataFrame, plan: Mapping) -> None:
             raise ValueError(
                 f"no arm {arm!r} here; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
             )
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A table as a notebook shows it: no line breaks around "±"."""
+    return table.map(lambda value: value.replace(" ± ", "\u00a0±\u00a0") if isinstance(value, str) else value)
 
 
 def write(table: pd.DataFrame, path: str | Path, note: str) -> None:

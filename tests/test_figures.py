@@ -11,6 +11,7 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from hdkd_lib import figures, statistics
+from hdkd_lib.metrics import Predictions
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +109,11 @@ def test_an_architecture_has_a_labelled_box_per_part_and_an_arrow_per_link():
     assert arrows[-1].xy == pytest.approx((lower.get_x() + 0.3, lower.get_y() + lower.get_height()))
 
 
-def test_overlays_lay_every_map_over_its_image():
+def test_overlays_lay_every_map_over_its_image_under_true_and_predicted_class():
     images, coarse = torch.rand(2, 3, 8, 12), torch.rand(2, 2, 3)
-    figure = figures.overlays(images, {"attention": coarse, "Grad-CAM": torch.rand(2, 8, 12)})
+    maps = {"attention": coarse, "Grad-CAM": torch.rand(2, 8, 12)}
+    predicted = {"attention": torch.tensor([0, 0]), "Grad-CAM": torch.tensor([0, 1])}
+    figure = figures.overlays(images, maps, torch.tensor([0, 1]), CLASSES, predicted)
     assert [len(axis.images) for axis in figure.axes] == [1, 1, 2, 2, 2, 2]
     assert [figure.axes[i].get_ylabel() for i in (0, 2, 4)] == ["image", "attention", "Grad-CAM"]
     assert {tuple(image.get_extent()) for axis in figure.axes for image in axis.images} == {(0, 12, 8, 0)}
@@ -118,6 +121,50 @@ def test_overlays_lay_every_map_over_its_image():
         assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0))
     assert all(np.array_equal(figure.axes[2 + i].images[1].get_array(), coarse[i]) for i in range(2))
     assert figure.axes[2].images[1].get_alpha() < 1
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:3] == ["class no\ntumor", "class glioma", "predicted no\ntumor"]
+    assert titles[5] == "predicted glioma"
+    assert [axis.title.get_color() == figures.WRONG for axis in figure.axes] == [False, False, False, True, False, False]
+
+
+def told(labels, predicted, confidence) -> Predictions:
+    labels = np.array(labels)
+    return Predictions(np.arange(len(labels)).astype(str), labels, np.array(predicted), np.array(confidence))
+
+
+def test_recalls_have_a_mark_and_an_interval_per_arm_and_class():
+    runs = [told([0, 0, 1, 1], [0, 0, 1, 0], [0.9] * 4), told([0, 0, 1, 1], [0, 1, 1, 0], [0.9] * 4)]
+    figure = figures.recalls({"hdkd": runs, "student": runs[:1]}, ["no_tumor", "glioma"])
+    hdkd, student = figure.axes[0].containers
+    assert hdkd.lines[0].get_ydata().tolist() == [75, 50]
+    assert student.lines[0].get_ydata().tolist() == [100, 50]
+    lows = [segment[0, 1] for segment in student.lines[2][0].get_segments()]
+    assert lows == pytest.approx([34.24, 9.45], abs=0.01)  # Wilson's of 2 of 2 and of 1 of 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["HDKD", "student"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["no\ntumor", "glioma"]
+
+
+def test_reliability_shows_accuracy_by_confidence_and_the_share_of_the_images():
+    of = told([0, 0, 0, 0], [0, 1, 0, 0], [0.52, 0.52, 0.98, 0.98])
+    figure = figures.reliability({"hdkd": [of], "student": [of]})
+    axis = figure.axes[0]
+    points, bars = axis.containers[1], axis.containers[0]
+    assert points.lines[0].get_xdata().tolist() == pytest.approx([52, 98])
+    assert points.lines[0].get_ydata().tolist() == pytest.approx([50, 100])
+    assert [bar.get_height() for bar in bars] == [50, 50]
+    assert [axis.get_title() for axis in figure.axes] == ["HDKD: ECE 2.0", "student: ECE 2.0"]
+
+
+def test_a_figure_has_words_for_those_who_do_not_see_it(history):
+    figure = figures.curves({"hdkd_logits": history})
+    assert figure.get_label().endswith("by epoch: hdkd logits.")
+    png, metadata = figures._described_png(figure)
+    assert png.startswith(b"\x89PNG")
+    assert metadata == {"alt": figure.get_label()}
+    many = figures.contact_sheet(IMAGES, LABELS, [f"c{i}" for i in range(14)])
+    assert many.get_label() == (
+        "Images of each class, one column per class: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11 and 2 more."
+    )
 
 
 def asked(a: str, b: str, differences: list[float], contrasts: int = 1) -> dict:
@@ -332,7 +379,9 @@ def test_no_figure_is_wider_than_a_page_and_no_text_is_small_on_it(history, fram
         figures.confusions({"hdkd": np.eye(10)}, CLASSES * 3 + ["x"]),
         figures.contrasts(pd.DataFrame([asked("hdkd", "student", [0.01, 0.02])])),
         figures.architecture({"teacher": [part("stages.0", 16, 8, 8)] * 9, "student": [part("head", 10)]}, {}),
-        figures.overlays(IMAGES, {"attention": torch.rand(7, 2, 2)}),
+        figures.overlays(IMAGES, {"attention": torch.rand(7, 2, 2)}, LABELS, CLASSES, {"attention": LABELS}),
+        figures.recalls({"hdkd": [told([0, 1], [0, 1], [0.6, 0.9])]}, CLASSES[:2]),
+        figures.reliability({arm: [told([0, 1], [0, 1], [0.6, 0.9])] for arm in ("vit", "deit", "cskd", "hdkd")}),
         figures.heatmaps({"block 0": torch.rand(12, 4, 4)}),
     ]
     for figure in drawn:

@@ -1,21 +1,31 @@
 """What must hold of the committed notebooks, and that the check of their outputs can fail."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 
-from hdkd_lib import experiment, recipes
+from hdkd_lib import experiment, recipes, runs
 from hdkd_lib.data import load
 from hdkd_lib.device import resolve_device
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OPENING = r"""# .+
+
+- \*\*Question\*\*: .+\?
+- \*\*Needs\*\*: .+\.
+- \*\*Time\*\*: [1-9]\d* minutes? on a CPU\.
+- \*\*Expect\*\*: .+\.
+
+"""
 
 
 def code_cells(path):
@@ -29,6 +39,21 @@ class TestNotebook:
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # nbval skips cells without a count
         assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
         assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+
+    def test_opens_with_its_question_what_it_needs_its_minutes_and_what_to_expect(self, path):
+        first = nbformat.read(path, 4).cells[0]
+        assert first.cell_type == "markdown"
+        assert re.match(OPENING, f"{first.source}\n\n")
+
+    def test_its_marks_for_nbval_are_tags(self, path):
+        cells = code_cells(path)
+        assert not [cell.source for cell in cells if "NBVAL" in cell.source.upper()]
+        tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}
+        assert tags <= {"parameters", "nbval-ignore-output", "raises-exception", "nbval-skip"}
+
+    def test_its_figures_have_alternative_texts(self, path):
+        outputs = [output for cell in code_cells(path) for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert all(output.metadata.get("image/png", {}).get("alt") for output in outputs)
 
     def test_is_light_and_its_metadata_are_normalised(self, path):
         assert path.stat().st_size < 300_000
@@ -142,6 +167,45 @@ def test_a_wrong_parameter_is_refused_before_anything_trains_in_one_sentence(nam
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         built(name, **parameters).run(device=parameters.get("device", "auto"))
     assert caught.value._render_traceback_() == [f"{caught.type.__name__}: {caught.value}"]
+
+
+def test_a_notebook_saved_by_jupyterlab_is_the_committed_one_byte_by_byte():
+    config = SimpleNamespace(LabApp=SimpleNamespace(), ContentsManager=SimpleNamespace())
+    runpy.run_path(str(ROOT / "jupyter_lab_config.py"), {"get_config": lambda: config})
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        notebook.metadata["language_info"] = {"name": "python", "version": "3.11.7"}  # JupyterLab adds what the kernel says
+        config.ContentsManager.pre_save_hook(model={"type": "notebook", "content": notebook}, path=path.name)
+        assert nbformat.writes(notebook) + "\n" == path.read_text(), path.name
+    assert (ROOT / config.LabApp.default_url.removeprefix("/lab/tree/")).parent == ROOT / "notebooks"
+
+
+def test_folders_as_the_text_names_them_are_found_from_every_working_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("HDKD_RESULTS")
+    monkeypatch.chdir(tmp_path)
+    folder = "results/published/smoke"
+    frame = runs.load(folder)
+    assert len(frame) == len(runs.packed(SMOKE))
+    assert runs.plan(folder)["name"] == "smoke"
+    packed = runs.Run(f"{folder}/{Path(frame.path[0]).name}")
+    assert packed.metrics["best"]["test"]["accuracy"] == frame.accuracy[0]
+    assert runs.from_root("results/runs/new") == runs.results_dir() / "runs" / "new"
+    (tmp_path / "own").mkdir()
+    assert runs.from_root("own/new").resolve() == tmp_path / "own" / "new"
+    assert runs.from_root("nowhere/new") == Path("nowhere/new")
+    (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no finished run in results/published/smoke"):
+        runs.load(folder)  # what is in the working directory comes first
+
+
+def test_a_chapter_finds_its_teacher_and_keeps_its_run_by_their_paths_in_the_clone(teacher_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDKD_RESULTS", str(tmp_path / "results"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(teacher_dir, tmp_path / "results" / "runs" / "teacher")
+    experiment = built("04_hdkd", image_size=16, epochs=1, teacher_dir="results/runs/teacher")
+    run = experiment.run("results/runs/mine/hdkd", device="cpu")
+    assert run.path == tmp_path / "results" / "runs" / "mine" / "hdkd"
 
 
 @pytest.mark.slow

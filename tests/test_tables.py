@@ -343,3 +343,57 @@ def test_a_metric_of_probabilities_is_refused_where_only_classes_are_kept():
         weighted("macro_auroc", of)
     with pytest.raises(ValueError, match="unknown metric 'acuracy'"):
         weighted("acuracy", of)
+
+
+def test_recalls_agree_with_scikit_learn_and_their_intervals_hold_for_other_runs_and_other_images(folder):
+    frame = runs.load(folder)
+    told = tables.predictions(frame)
+    assert list(told) == list(dict.fromkeys(frame.run))
+    table = tables.recalls({"cskd": told["cskd"]}, CLASSES).set_index("class")
+    each = np.array([recall_score(one.labels, one.predicted, average=None) for one in told["cskd"]])
+    n, p = np.bincount(TRUTH), each.mean(0)
+    wilson = [stats.binomtest(round(k), int(m)).proportion_ci(method="wilson") for k, m in zip(p * n, n, strict=True)]
+    np.testing.assert_allclose(table.recall, p)
+    np.testing.assert_allclose(table.low, [of.low for of in wilson], atol=0.005)  # of a rounded count; longer than t here
+    np.testing.assert_allclose(table.high, [of.high for of in wilson], atol=0.005)
+    far = [told["cskd"][0], told["teacher"][0]]
+    unlike = tables.recalls({"both": far}, CLASSES)
+    low, high = stats.t.interval(
+        0.95, 1, *(f([(o.predicted == 0)[TRUTH == 0].mean() for o in far]) for f in (np.mean, stats.sem))
+    )
+    assert (unlike.low[0], unlike.high[0]) == (max(low, 0), min(high, 1))
+    one = tables.recalls({"cskd": told["cskd"][:1]}, CLASSES).iloc[0]
+    right = (told["cskd"][0].predicted == 0)[TRUTH == 0]
+    exact = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    assert (one.recall, one.low, one.high) == pytest.approx((right.mean(), exact.low, exact.high))
+
+
+def test_a_class_without_images_has_no_recall_and_arms_without_predictions_are_left_out(folder):
+    frame = runs.load(folder)
+    (folder / "vit-draw0-seed0" / "predictions_last.csv").unlink()
+    told = tables.predictions(frame)
+    assert set(told) == {"teacher", "deit", "cskd"}
+    table = tables.recalls({"deit": told["deit"]}, [*CLASSES, "e"])
+    assert table[["recall", "low", "high"]].isna().all(axis=1).tolist() == [False] * 4 + [True]
+
+
+def test_calibration_has_the_bins_of_the_ece(folder):
+    random = np.random.default_rng(0)
+    told = []
+    for _ in range(3):
+        probabilities = random.dirichlet([0.5] * 4, 300)
+        labels = np.where(random.random(300) < 0.7, probabilities.argmax(1), 0)  # unsure where it is right, and sure where not
+        told.append(Predictions.of(range(300), labels, probabilities))
+    table = tables.calibration(told[:1])
+    assert (table.share * (table.confidence - table.accuracy).abs()).sum() == pytest.approx(weighted("ece", told[0])[0])
+    assert table.share.sum() == pytest.approx(1)
+    of_three = tables.calibration(told)
+    assert ((of_three.low <= of_three.accuracy) & (of_three.accuracy <= of_three.high)).all()
+    assert of_three.low.min() >= 0
+    assert of_three.high.max() <= 1
+
+
+def test_a_shown_table_does_not_break_at_its_plus_or_minus():
+    table = tables.shown(pd.DataFrame({"difference": ["+5.0 ± 3.2", ""], "n": [8, 2]}))
+    assert table.difference.tolist() == ["+5.0\u00a0±\u00a03.2", ""]
+    assert table.n.tolist() == [8, 2]
