@@ -42,7 +42,7 @@ def _texture(pattern: Callable, size: int, random: np.random.Generator) -> np.nd
     u = 2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + at_u
     v = 2 * math.pi / period * (y * math.cos(angle) - x * math.sin(angle)) + at_v
     colours = np.stack([random.uniform(20, 90, 3), random.uniform(140, 235, 3)])  # light on dark
-    pixels = colours[(pattern(u, v) > 0).astype(int)] + random.normal(0, 25, (size, size, 3))
+    pixels = colours[(pattern(u, v) > 0).astype(int)] + random.normal(0, 45, (size, size, 3))
     return pixels.clip(0, 255).astype(np.uint8)
 
 
@@ -137,8 +137,8 @@ def report(runs: Mapping[str, Run], data: Data, *, epochs: int, smallest: float,
     found = statistics.detectable(sd * math.sqrt(1 + FOLDS * tested / trained), FOLDS, contrasts=2)
     each = hours(runs, epochs)
     unlearned = (
-        f"The networks have to be trained for longer first: {', '.join(weak)} knows fewer than {tables.LEARNED:.0%} of its own "
-        "training images."
+        f"- These networks classify fewer than {tables.LEARNED:.0%} of their own training images correctly, and have to be "
+        f"trained for longer first: {', '.join(weak)}."
     )
     many = "more than 10,000" if count is None else f"{count}"
     return f"""
@@ -158,8 +158,8 @@ test images, with these two trained networks).
 - It can say that images, networks and method work together here, how well these trained networks do on other images of the \
 same source, and what they cost.
 - It cannot say whether {method} helps. Another seed or other training images give another difference, and one run does not \
-show how different. There is no verdict from one run.
-{f"- {unlearned}" if weak else ""}
+show how different; the interval above knows these two networks only. There is no verdict from one run.
+{unlearned if weak else ""}
 
 ### What it would take to decide
 
@@ -168,8 +168,8 @@ show the real one.
 - **Five folds** (the plan below) then find a difference of {100 * found:.1f} points or more with 80 % power. Their training \
 images overlap, which is allowed for. On this machine they take about {_time(FOLDS * each)} at {epochs} epochs, one run \
 at a time.
-- **A difference of {100 * smallest:g} points** needs {many} replicates, each with training images of its own (`draws`, so as \
-many times the images){"" if count is None else f", and about {_time(count * each)}"}.
+- **A difference of {100 * smallest:g} points** needs {many} replicates whose training sets do not overlap (`draws` cuts them from \
+a set that is as many times larger){"" if count is None else f", and about {_time(count * each)}"}.
 """
 
 
