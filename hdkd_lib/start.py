@@ -168,8 +168,8 @@ show the real one.
 - **Five folds** (the plan below) then find a difference of {100 * found:.1f} points or more with 80 % power. Their training \
 images overlap, which is allowed for. On this machine they take about {_time(FOLDS * each)} at {epochs} epochs, one run \
 at a time.
-- **A difference of {100 * smallest:g} points** needs {many} replicates whose training sets do not overlap (`draws` cuts them from \
-a set that is as many times larger){"" if count is None else f", and about {_time(count * each)}"}.
+- **A difference of {100 * smallest:g} points** needs {many} replicates whose training sets do not overlap (`draws` cuts them \
+from a set that is as many times larger){"" if count is None else f", and about {_time(count * each)}"}.
 """
 
 
