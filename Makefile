@@ -89,7 +89,7 @@ lock: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make study PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,slurm,weights,test]"
+	$(BIN)/uv pip install -q -c constraints.txt -e ".[study,slurm,weights,export,test]"
 	@touch $@
 
 .venv/docs: .venv/installed

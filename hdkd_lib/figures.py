@@ -705,3 +705,50 @@ def _name_classes(axis: plt.Axes, ticks: Sequence[float], classes: Sequence[str]
 
 def _cycle() -> list:
     return PALETTE * 10
+
+
+def methods() -> Figure:
+    """HDKD, CSKD and DearKD: which part of the CNN teaches which part of the student, and when in training it does."""
+    features, logits = STYLES["hdkd"][0], STYLES["student"][0]
+    panels = {
+        "HDKD": (
+            ("stage 1", "stage 2", "stage 3", "logits"),
+            ("stage 1", "stage 2", "stage 3", "blocks,\nheads"),
+            {0: features, 1: features, 2: features, 3: logits},
+            (((0, 0), (0, 1), (1, 1), (1, 0)), ((0, 0), (0, 1), (1, 1), (1, 0))),
+            "Equal shapes: features of every stage, and\nlogits to a distillation token, to the end.",
+        ),
+        "CSKD": (
+            ("stages 1, 2", "stage 3", "scores by\nplace", "logits"),
+            ("patches", "blocks", "patch\ntokens", "heads"),
+            {2: features, 3: logits},
+            (((0, 0), (0, 1), (1, 0)), ((0, 0), (0, 1), (1, 1), (1, 0))),
+            "Each patch learns the teacher's answer at its\nplace; this fades into its answer to the image.",
+        ),
+        "DearKD": (
+            ("early map", "next map", "stage 3", "logits"),
+            ("block 1", "block 3", "more\nblocks", "heads"),
+            {0: features, 1: features, 3: logits},
+            (((0, 0), (0, 1), (5 / 6, 1), (5 / 6, 0)), ((0, 0), (0, 1), (5 / 6, 1), (5 / 6, 0))),
+            "Early maps and logits at first; then the\nstudent trains on the labels without a teacher.",
+        ),
+    }
+    figure, axes = _subplots(1, 3, figsize=(WIDTH, 4.2))
+    for axis, (name, (teacher, student, links, times, words)) in zip(axes, panels.items(), strict=True):
+        what = "by place" if name == "CSKD" else "features"
+        axis.set(xlim=(-0.5, 3.5), ylim=(-2, 1.5), title=name)
+        axis.axis("off")
+        for y, parts, who, at in ((1, teacher, "CNN teacher", 1.3), (0, student, "student", -0.43)):
+            axis.text(-0.48, at, who, fontsize=SMALL, weight="bold")
+            for x, part in enumerate(parts):
+                axis.add_patch(plt.Rectangle((x - 0.46, y - 0.22), 0.92, 0.44, color="0.9", lw=0))
+                axis.text(x, y, part, ha="center", va="center", fontsize=SMALL, linespacing=0.95)
+        for x, color in links.items():
+            axis.annotate("", (x, 0.24), (x, 0.76), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
+        for y, color, corners, label in ((-0.85, features, times[0], what), (-1.2, logits, times[1], "logits")):
+            axis.add_patch(plt.Polygon([(0.4 + 3 * t, y + 0.25 * h) for t, h in corners], color=color, lw=0))
+            axis.plot((0.4, 3.4), (y, y), color="0.6", lw=1)
+            axis.text(0.3, y + 0.12, label, ha="right", va="center", fontsize=SMALL, color=color)
+        axis.text(1.9, -1.25, "training, from first to last epoch", ha="center", va="top", fontsize=SMALL, color="0.3")
+        axis.text(-0.48, -1.55, words, va="top", fontsize=SMALL)
+    return figure

@@ -398,3 +398,13 @@ def test_every_public_figure_is_tested_here():
     source = inspect.getsource(inspect.getmodule(test_every_public_figure_is_tested_here))
     assert drawn
     assert [name for name in drawn if not name.startswith("_") and f"figures.{name}(" not in source] == []
+
+
+def test_the_methods_are_told_apart_by_what_teaches_and_when():
+    axes = figures.methods().axes
+    assert [axis.get_title() for axis in axes] == ["HDKD", "CSKD", "DearKD"]
+    arrows = [[text for text in axis.texts if isinstance(text, Annotation)] for axis in axes]
+    assert [len(own) for own in arrows] == [4, 2, 3]
+    ends = [max(patch.get_xy()[:, 0].max() for patch in axis.patches if isinstance(patch, plt.Polygon)) for axis in axes]
+    assert ends[0] == ends[1] == pytest.approx(3.4)
+    assert ends[2] == pytest.approx(0.4 + 3 * 5 / 6)  # DearKD's student trains on without a teacher

@@ -21,7 +21,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
-from timm.models import deit, register_model
+from timm.models import deit, load_pretrained, register_model
 from torch import Tensor, nn
 
 MODES = ("gate", "add")
@@ -180,7 +180,12 @@ def _no_weight_decay(vit: nn.Module, own) -> set[str]:
 
 
 def _create(base, pretrained: bool, conv_blocks: int = 4, conv_mode: str = "gate", conv_options: dict | None = None, **kwargs):
-    return convert_attention(base(pretrained=pretrained, **kwargs), conv_blocks, conv_mode, **(conv_options or {}))
+    is_exported = pretrained and isinstance(kwargs.get("pretrained_cfg"), dict)  # timm's, of a folder or of its hub
+    vit = base(pretrained=pretrained and not is_exported, **kwargs)
+    vit = convert_attention(vit, conv_blocks, conv_mode, **(conv_options or {}))
+    if is_exported:  # these weights know the positions
+        load_pretrained(vit, num_classes=vit.num_classes)
+    return vit
 
 
 @register_model

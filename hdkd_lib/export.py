@@ -1,0 +1,167 @@
+"""A trained network for use elsewhere: a folder that timm loads in one line, with ONNX and a model card beside.
+
+    config.json, model.safetensors   timm.create_model("local-dir:FOLDER", pretrained=True), after `import hdkd_lib.models`
+    model.onnx                       `images` (N, 3, S, S) float32, normalised -> `logits` (N, C), for any N
+    README.md                        the model card
+"""  # fmt: skip
+
+import importlib.util
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from hdkd_lib import models, tables
+from hdkd_lib.data import Data
+from hdkd_lib.data.batches import Preprocess
+from hdkd_lib.parameters import one_sentence
+from hdkd_lib.runs import Run, write_atomically
+
+CALLS = 50  # of one image, of which the median is the latency
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of logits: float32 sums in another order
+
+
+@one_sentence
+def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.DataFrame:
+    """Writes the run's student to `folder`, and checks ONNX against PyTorch on test images.
+
+    Args:
+        data: what the run was trained on.
+        epoch: the weights of the "best" validation epoch, of the "last", or their moving average ("ema").
+
+    Returns:
+        One row for PyTorch and one for onnxruntime: file, its size (kB), the largest difference of a logit from PyTorch's, and
+        the median time of one image (ms), both with as many threads as PyTorch has here.
+
+    Raises:
+        ValueError: the data are not the run's, the extra `export` is not installed, or the logits differ.
+        FileNotFoundError: the run has no weights.
+    """
+    if data.config != run.config["data"]:
+        raise ValueError(f"{run.shown_path} was trained on another data set or split; load the one in its config.json")
+    if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
+        raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install -c constraints.txt -e '.[export]'")
+    folder, model = Path(folder).expanduser(), run.student(epoch)
+    to_timm(model, folder, data.classes)
+    images = Preprocess(model)(data.test.images[:64]).contiguous()
+    to_onnx(model, folder / "model.onnx", images[:2])
+    call = onnx_call(folder / "model.onnx")
+    with torch.no_grad():
+        expected = model(images)
+        difference = (call(images) - expected).abs().max().item()
+        if difference > TOLERANCE * max(1.0, expected.abs().max().item()):
+            raise ValueError(f"the ONNX file gives other logits than PyTorch, by up to {difference:.2g}; do not use it")
+        rows = {
+            "PyTorch": ("model.safetensors", 0.0, latency(model, images[:1])),
+            "onnxruntime": ("model.onnx", difference, latency(call, images[:1])),
+        }
+    text = card(run, data, epoch)
+    write_atomically(folder / "README.md", lambda aside: aside.write_text(text))
+    sizes = [(folder / file).stat().st_size / 1000 for file, *_ in rows.values()]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["file", "largest difference of a logit", "ms per image"])
+    table.insert(1, "kB", np.round(sizes).astype(int))
+    return table
+
+
+def to_timm(model: nn.Module, folder: str | Path, classes: list[str]) -> None:
+    """Writes config.json and model.safetensors; `classes` are the names of the outputs, in order."""
+    made = models.describe(model)
+    cfg = {"architecture": made.pop("name"), "tag": "", "license": "other"}
+    made.pop("init", None)  # its weights come from the file
+    content = {"label_names": classes, "pretrained_cfg": cfg, "model_args": made}
+    save_for_hf(model, folder, model_config=content, safe_serialization=True)
+
+
+def to_onnx(model: nn.Module, file: str | Path, images: Tensor) -> None:
+    """Writes the network as ONNX for any number of images; `images` (2, 3, S, S) are an example."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter about itself
+        torch.onnx.export(
+            model.eval(), (images,), str(file), dynamo=True, external_data=False, verbose=False,
+            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )  # fmt: skip
+
+
+def onnx_call(file: str | Path) -> Callable[[Tensor], Tensor]:
+    """The ONNX file as a function of images, on the CPU with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def latency(call: Callable[[Tensor], Tensor], image: Tensor) -> float:
+    """Median milliseconds of one call with one image (1, 3, S, S)."""
+    seconds = []
+    for _ in range(CALLS + 5):
+        start = time.perf_counter()
+        call(image)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds[5:]))  # the first calls allocate
+
+
+def accuracy_interval(run: Run, epoch: str = "best") -> tuple[float, float, float]:
+    """Accuracy on the run's test images, and its 95 % interval for other test images (Wilson 1927): low, accuracy, high.
+
+    Images of one group (duplicates, one patient) count as one. It holds for this trained network, not for training it again.
+    """
+    of, split = run.predictions(epoch), run.split.set_index("id")
+    n = split.group.reindex(of.ids).nunique() if "group" in split else len(of.ids)
+    p, z = (of.predicted == of.labels).mean().item(), 1.959964
+    middle, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return middle - half, p, middle + half
+
+
+def card(run: Run, data: Data, epoch: str = "best") -> str:
+    """The model card (Markdown): network, data, protocol, scores with an interval, licence, and what it is not for."""
+    method, recipe, of = run.config["method"], run.config["recipe"], data.card
+    low, accuracy, high = (100 * value for value in accuracy_interval(run, epoch))
+    size, scores = data.config["image_size"], run.metrics[epoch]["test"]
+    network = models.create(**{key: value for key, value in method["student"].items() if key != "pretrained"})
+    cfg, teacher = network.pretrained_cfg, method.get("teacher", {}).get("name")
+    names = ", ".join(f"{name} ({count} images)" for name, count in of["classes"].items())
+    counts = ", ".join(f"{len(getattr(data, part))} {part}" for part in ("train", "val", "test"))
+    others = "; ".join(f"{words} {100 * scores[key]:.1f} %" for key, words in tables.METRICS.items() if key != "accuracy")
+    chosen = f"the epoch with the best balanced accuracy on validation ({run.metrics['best']['epoch'] + 1})"
+    return f"""# {method["student"]["name"]} on {of["title"]}
+
+- **Network**: `{method["student"]["name"]}`, {run.metrics["parameters"]:,} parameters, trained by {method["name"]}\
+{f" with the teacher `{teacher}`" if teacher else ""} for {recipe["epochs"]} epochs, seed {run.config["seed"]}; weights of \
+{chosen if epoch == "best" else f"the {epoch} epoch"}.
+- **Input**: RGB images of {size}x{size} pixels, resized without keeping their aspect, scaled to [0, 1], less the mean \
+{tuple(cfg["mean"])}, over the deviation {tuple(cfg["std"])}.
+- **Output**: logits of {len(data.classes)} classes, in this order: {names}.
+- **Load it**: `import hdkd_lib.models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)`, or `model.onnx` with \
+any ONNX runtime (input `images`, output `logits`).
+
+## Data and protocol
+
+{of["title"]}. {counts} images, protocol "{of["protocol"]}" (fold {data.config["fold"]}); test images with a duplicate among \
+the training images: {of["test_images_in_train"]}. Known faults: {of["known_faults"]}. Source: {of["citation"]}.
+
+## Scores on the test images
+
+Accuracy {accuracy:.1f} % (95 % interval for other test images of the same source: {low:.1f} to {high:.1f} %); {others}. This \
+is one trained network: another seed or other training images give another score.
+
+## Licence
+
+Data: {of["licence"]}. Code (hdkd_lib): MIT. Whether the weights may be passed on depends on the licence of the data.
+
+## Not for
+
+Decisions about people, medical ones above all. Images of another source, another camera or other classes than above: the \
+network answers with one of its classes for any image, and nobody has measured how well.
+"""
