@@ -733,7 +733,12 @@ def methods() -> Figure:
             "Early maps and logits at first; then the\nstudent trains on the labels without a teacher.",
         ),
     }
-    figure, axes = _subplots(1, 3, figsize=(WIDTH, 4.2))
+    figure, axes = _subplots(
+        1,
+        3,
+        figsize=(WIDTH, 4.2),
+        alt="What teaches what, and when: HDKD's shared stages, CSKD's places, DearKD's early layers",
+    )
     for axis, (name, (teacher, student, links, times, words)) in zip(axes, panels.items(), strict=True):
         what = "by place" if name == "CSKD" else "features"
         axis.set(xlim=(-0.5, 3.5), ylim=(-2, 1.5), title=name)
