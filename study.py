@@ -6,7 +6,8 @@
     python study.py publish smoke --partial # pack what is finished so far, without tables and figures
 
 A plan has `parameters` for every run, `replicates` (what differs between repetitions: seed, draw, fold), `threads` per run,
-`reports` (notebooks that show the result, with their parameters if they are a dict), and `runs`, its arms: parameters of
+`reports` (notebooks that show the result, with their parameters if they are a dict), `students` (arms of which the networks of
+the first replicate are published, with their weights), and `runs`, its arms: parameters of
 run.ipynb, or of the chapter that is its `notebook` (`seed` is added to the replicate's), and `teacher`, the arm that teaches it
 in the same replicate, or a pretrained network. An arm that is `like` another differs from it in what it says itself, and so
 does a plan that `extends` another; dicts merge one level deep.
@@ -26,6 +27,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -42,8 +44,9 @@ import psutil
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
+FOLD = 1 / 5  # of the images are the test part of a fold
 QUESTIONS = ("questions", "metric", "epoch", "smallest_difference")
-KEYS = ["extends", "parameters", "replicates", "threads", "runs", "reports", *QUESTIONS]
+KEYS = ["extends", "parameters", "replicates", "threads", "runs", "reports", "students", *QUESTIONS]
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 
 
@@ -85,6 +88,8 @@ def expand(plan: str) -> dict:
         jobs[notebook.split("_")[1]] = {"notebook": notebook, "parameters": parameters, "needs": [], "report": True}
     for name, job in jobs.items():
         _check_parameters(name, job)
+    for arm in content.get("students", []):
+        _known(arm, list(arms), f"arm in students of {plan}.yaml")
     _check_questions(plan, content, list(arms))
     _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"])
     return {"plan": plan, "threads": content.get("threads", 1), "content": content, "jobs": jobs}
@@ -299,7 +304,8 @@ def prepare(jobs_file: Path) -> None:
     loaded = set()
     for job in missing.values():
         parameters = defaults[job["notebook"]] | job["parameters"]
-        decoded = {key: parameters[key] for key in ("root", "image_size", "protocol") if key in parameters}
+        named = ("root", "image_size", "protocol", "groups", "download")
+        decoded = {key: parameters[key] for key in named if key in parameters}
         if (key := str((parameters.get("dataset"), decoded))) not in loaded and "dataset" in parameters:
             data.load(parameters["dataset"], **decoded)
             loaded.add(key)
@@ -461,11 +467,15 @@ def _print_power(content: dict) -> None:
     """What each contrast can show: the smallest difference that is found with 80 % power."""
     from hdkd_lib import statistics
 
-    n, smallest = len(content["replicates"]), 100 * content.get("smallest_difference", 0)
+    smallest, folds = 100 * content.get("smallest_difference", 0), {of.get("fold") for of in content["replicates"]}
+    n = len(content["replicates"]) if len(folds) == 1 else len(folds)
+    trained = (1 - FOLD) * 7 / 8 * (content.get("parameters") or {}).get("fraction", 1)  # an eighth is the validation part
+    overlap = 1.0 if len(folds) == 1 else math.sqrt(1 + n * FOLD / trained)
     for question in content.get("questions", {}).values() if n > 1 else []:
         count = len(question["contrasts"])
-        found = statistics.detectable(1.0, n, contrasts=count)
-        print(f"\n{question['ask']} n = {n}, {count} contrast{'s' * (count > 1)}")
+        found = statistics.detectable(overlap, n, contrasts=count)
+        folds_of = " folds, whose training images overlap" if len(folds) > 1 else ""
+        print(f"\n{question['ask']} n = {n}{folds_of}, {count} contrast{'s' * (count > 1)}")
         for words, (a, b) in question["contrasts"].items():
             print(
                 f"  {a} - {b} ({words}): finds {found:.1f} standard deviations of the paired differences with 80 % power, "
@@ -641,10 +651,36 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
             file.replace(target / file.name)
         aside.rmdir()
     else:
+        _add_students(expanded, source, target, aside)
         _report(aside, expanded)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     return f"{len(new)} runs packed anew, {len(packed)} of {len(jobs)} in {target}"
+
+
+def _add_students(expanded: dict, source: Path, target: Path, aside: Path) -> None:
+    """students/ARM: network, weights and model card of the plan's `students`, those of the first replicate.
+
+    Raises:
+        FileNotFoundError: the run has no weights here, and none are published.
+    """
+    from hdkd_lib import data, export, runs
+
+    epoch = expanded["content"].get("epoch", "best")
+    for arm in expanded["content"].get("students", []):
+        name = next(name for name, job in expanded["jobs"].items() if job.get("arm") == arm)
+        folder = Path("students", arm)
+        if (source / name / f"{epoch}.safetensors").exists():
+            run = runs.Run(source / name)
+            export.save(
+                run, data.load_as(run.config["data"], expanded["jobs"][name]["parameters"].get("root")), aside / folder, epoch
+            )
+        elif (target / folder).exists():
+            shutil.copytree(target / folder, aside / folder)
+        else:
+            raise FileNotFoundError(
+                f"the weights of {name} are not in {source}, and the plan publishes them; train it again there"
+            )
 
 
 def _objections(packed: dict, jobs: dict) -> list[str]:

@@ -15,6 +15,7 @@ import pkgutil
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -30,12 +31,14 @@ PLANS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / PUBLISHED).glob
 TEXTS = [
     "README.md",
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*.md")),
 ]
 CHAPTERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb"))
 REPORTS = {"09_tables": "Tables, executed", "10_figures": "Figures, executed", "08_ablations": "Ablations, executed"}
 SOURCE = {".py": "python", ".yaml": "yaml", ".toml": "toml"}  # shown on a page of their own
+REPOSITORY = os.environ.get("HDKD_REPOSITORY", "")  # https://HOST/OWNER/NAME
 # What the blocks of numbers are made of: plans, or files of results/.
 AUDITS = [f"results/audits/{name}" for name in ("brain_tumor", "ham10000")]
 BLOCKS = {
@@ -129,12 +132,27 @@ class Site:
             text = text.replace(f"<!-- {block} -->", write(self, base))
         self.write(self.pages[Path(name)], text + (NAVIGATION if name == "README.md" else ""))
 
-    def notebook(self, name: str, page: Path, note: str) -> None:
-        """An executed notebook with a note below its title; links in a plan's report are those of its chapter."""
-        notebook = nbformat.read(ROOT / name, 4)
+    def notebook(self, name: str, page: Path, note: str, source: Callable[[str], str]) -> None:
+        """An executed notebook with a note below its title; links in a plan's report are those of its chapter.
+
+        Args:
+            source: of the code of a cell that shows something: the line to be put below it, or "".
+        """
+        notebook, cells = nbformat.read(ROOT / name, 4), []
         for cell in notebook.cells:
+            cells.append(cell)
             if cell.cell_type == "markdown":
                 cell.source = self.relinked(cell.source, Path("notebooks"), page.parent)
+                continue
+            shown = [
+                output for output in cell.outputs if {"text/html", "text/markdown", "image/png"} & output.get("data", {}).keys()
+            ]
+            alt = [text for output in shown if (text := output.metadata.get("image/png", {}).get("alt"))]
+            if alt:
+                cell.metadata["mystnb"] = {"image": {"alt": "; ".join(dict.fromkeys(alt))}}
+            if shown and (below := source(cell.source)):
+                cells.append(nbformat.v4.new_markdown_cell(below))
+        notebook.cells = cells
         title, _, rest = notebook.cells[0].source.partition("\n")
         notebook.cells[0].source = f"{title}\n\n{note}\n{rest}"
         (self.target / page).parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +163,19 @@ class Site:
         commit = notebook.metadata.get("outputs_of", {}).get("commit", "")[:7] or "unknown"
         note = f"Outputs as committed; executed at commit {commit}." + " They are out of date." * bool(stale(notebook))
         note = f":::{{container}} provenance\n{note}\n:::"
+        if REPOSITORY.startswith("https://github.com/"):
+            there = (
+                f"https://colab.research.google.com/github/{REPOSITORY.removeprefix('https://github.com/')}/blob/main/{name}"
+            )
+            note += f"\n\n[Open in Colab]({there}); it asks for the repository's address, which is {REPOSITORY}."
         code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-        for shown in re.findall(r"^results: str = .*the published (\w+)", code, re.MULTILINE):  # at the defaults
-            note += "\n\n" + self.provenance(PUBLISHED / shown, base=Path("notebooks"))
-        self.notebook(name, Path(name), note)
+        everywhere = re.findall(r"^results: str = .*the published (\w+)", code, re.MULTILINE)  # at the defaults
+
+        def source(code: str) -> str:
+            plans = everywhere or re.findall(r'"published" / "(\w+)"', code)
+            return self.provenance(*(PUBLISHED / plan for plan in plans), base=Path("notebooks")) if plans else ""
+
+        self.notebook(name, Path(name), note, source)
 
     def plan(self, folder: Path) -> None:
         """A published plan: questions, verdicts, accuracies, figures, reports, plan.yaml; and a page with its runs."""
@@ -175,9 +202,14 @@ class Site:
             pdf = self.copy(figure.with_suffix(".pdf")).relative_to(folder)
             parts += [f"![{name} of the plan {folder.name}]({self.copy(figure).relative_to(folder)})"]
             parts += [f"{name.capitalize()} ([PDF]({pdf})).", source]
+        students = sorted(path.parent.relative_to(ROOT / folder) for path in (ROOT / folder).glob("students/*/README.md"))
+        if students:
+            lines = [f"- [{path.name}]({self.link(folder / path, folder)})" for path in students]
+            about = 'Weights and model card of one replicate: `timm.create_model("local-dir:FOLDER", pretrained=True)`.'
+            parts += ["## Students", about, "\n".join(lines)]
         reports = [name for name in REPORTS if (ROOT / folder / f"{name}.ipynb").exists()]
         for name in reports:
-            self.notebook(f"{folder}/{name}.ipynb", folder / f"{name}.ipynb", source)
+            self.notebook(f"{folder}/{name}.ipynb", folder / f"{name}.ipynb", source, lambda code: source)
         listed = ["Runs <runs>", *(f"{REPORTS[name]} <{name}>" for name in reports)]
         parts += ["## The runs, and what was made of them", "```{toctree}\n:maxdepth: 1\n" + "\n".join(listed) + "\n```"]
         parts += ["## Plan", "```{literalinclude} plan.yaml\n:language: yaml\n```"]
@@ -298,7 +330,7 @@ def _toctree(caption: str, entries: list[str]) -> str:
 NAVIGATION = (
     _toctree("Notebooks", [name.removesuffix(".ipynb") for name in CHAPTERS])
     + _toctree("Results", ["results/README", *(f"{plan}/index" for plan in PLANS), "results/few_images_p0", "results/LOG"])
-    + _toctree("Guides", ["docs/worse", "CONTRIBUTING", "docs/clusters", "docs/timm", "docs/glossary"])
+    + _toctree("Guides", ["docs/worse", "CONTRIBUTING", "CHANGELOG", "docs/clusters", "docs/timm", "docs/glossary"])
     + _toctree("Reference", ["api/index"])
 )
 

@@ -44,8 +44,7 @@ def measure(
     rows, seen = [], {}
     for name, path in frame.drop_duplicates("replicate").set_index("replicate").path.items():
         config = Run(path).config["data"]
-        keys = ("image_size", "protocol", "fold", "fraction", "draws", "draw")
-        dataset = data.load(config["dataset"], root, **{key: config[key] for key in keys if key in config})
+        dataset = data.load_as(config, root)
         kept = torch.tensor(~np.isin(dataset.test.ids, list(tables.excluded(config))))
         images = dataset.train.images[:], dataset.test.images[:][kept]
         labels = dataset.train.labels.numpy(), dataset.test.labels[kept].numpy()

@@ -42,7 +42,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         teacher = {"network": creation["name"], "network_options": options}
     of_teacher = teacher and {"network": teacher["network"], "network_options": teacher.get("network_options", {})}
     train, evaluate, make = _seconds_per_image(json.dumps(same), json.dumps(of_teacher))
-    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws")}
+    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws", "groups", "download")}
     counts = _counts(parameters["dataset"], parameters["root"], parameters["image_size"], json.dumps(split))
     images = parameters["synthesis"].get("per_class", 0) * counts["classes"] or counts["train"]
     return make * images + recipes.get(**parameters["recipe"]).epochs * (train * images + evaluate * counts["val"])
@@ -58,7 +58,8 @@ def _counts(dataset: str, root: str, image_size: int, split: str) -> dict[str, i
 def _seconds_per_image(parameters: str, teacher: str) -> tuple[float, float, float]:
     """Of a training step, of prediction, and of making an image; the arguments are JSON."""
     of, its_teacher = json.loads(parameters), json.loads(teacher)
-    loaded = data.load(of["dataset"], of["root"], image_size=of["image_size"], protocol=of["protocol"], draws=of["draws"])
+    split = {key: of[key] for key in ("image_size", "protocol", "draws", "groups", "download")}
+    loaded = data.load(of["dataset"], of["root"], **split)
     network = None
     if its_teacher:
         size = {"num_classes": len(loaded.classes), "img_size": of["image_size"]}

@@ -50,8 +50,8 @@ def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.
         raise ValueError(f"{run.shown_path} was trained on another data set or split; load the one in its config.json")
     if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
         raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install -c constraints.txt -e '.[export]'")
-    folder, model = Path(folder).expanduser(), run.student(epoch)
-    to_timm(model, folder, data.classes)
+    folder = Path(folder).expanduser()
+    model = save(run, data, folder, epoch)
     images = Preprocess(model)(data.test.images[:64]).contiguous()
     to_onnx(model, folder / "model.onnx", images[:2])
     call = onnx_call(folder / "model.onnx")
@@ -64,12 +64,22 @@ def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.
             "PyTorch": ("model.safetensors", 0.0, latency(model, images[:1])),
             "onnxruntime": ("model.onnx", difference, latency(call, images[:1])),
         }
-    text = card(run, data, epoch)
-    write_atomically(folder / "README.md", lambda aside: aside.write_text(text))
     sizes = [(folder / file).stat().st_size / 1000 for file, *_ in rows.values()]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["file", "largest difference of a logit", "ms per image"])
     table.insert(1, "kB", np.round(sizes).astype(int))
     return table
+
+
+def save(run: Run, data: Data, folder: Path, epoch: str = "best") -> nn.Module:
+    """Writes the run's student as timm loads it, with its model card, to `folder`, and returns it in eval mode.
+
+    Raises:
+        FileNotFoundError: the run has no weights.
+    """
+    model, text = run.student(epoch), card(run, data, epoch)
+    to_timm(model, folder, data.classes)
+    write_atomically(folder / "README.md", lambda aside: aside.write_text(text))
+    return model
 
 
 def to_timm(model: nn.Module, folder: str | Path, classes: list[str]) -> None:
@@ -132,7 +142,7 @@ def card(run: Run, data: Data, epoch: str = "best") -> str:
     network = models.create(**{key: value for key, value in method["student"].items() if key != "pretrained"})
     cfg, teacher = network.pretrained_cfg, method.get("teacher", {}).get("name")
     names = ", ".join(f"{name} ({count} images)" for name, count in of["classes"].items())
-    counts = ", ".join(f"{len(getattr(data, part))} {part}" for part in ("train", "val", "test"))
+    counts = ", ".join(f"{run.metrics['images'][part]} {part}" for part in ("train", "val", "test"))
     others = "; ".join(f"{words} {100 * scores[key]:.1f} %" for key, words in tables.METRICS.items() if key != "accuracy")
     chosen = f"the epoch with the best balanced accuracy on validation ({run.metrics['best']['epoch'] + 1})"
     return f"""# {method["student"]["name"]} on {of["title"]}

@@ -299,9 +299,10 @@ def load(folder: str | Path) -> pd.DataFrame:
 
     Networks trained without a teacher come first, then by name. Columns: run (the arm, with the fraction of the training part
     if that is not 1), arm, replicate, path, method, student, teacher, dataset, image_size, protocol, fold, fraction, draw,
-    seed, epochs, epoch, parameters, seconds, images_per_second, selection (the part that chose the epoch), precision, device,
-    commit, the test metrics of the chosen epoch (`last_...` those of the last epoch, `ema_...` of the moving average), and
-    last_train_accuracy, on the training images without augmentation. What older runs did not record is nan.
+    patients ("declared" or "not known": which images are of one), seed, epochs, epoch, parameters, seconds, images_per_second,
+    selection (the part that chose the epoch), precision, device, commit, the test metrics of the chosen epoch (`last_...` those
+    of the last epoch, `ema_...` of the moving average), and last_train_accuracy, on the training images without augmentation.
+    What older runs did not record is nan, or no column where all are older.
 
     Raises:
         FileNotFoundError: no finished run is there.
@@ -329,6 +330,7 @@ def load(folder: str | Path) -> pd.DataFrame:
                 "teacher": method.get("teacher", {}).get("name", ""),
                 **{key: data[key] for key in ("dataset", "image_size", "protocol", "fold", "fraction")},
                 "draw": data.get("draw", np.nan),
+                **({"patients": "not known" if data["groups"] is None else "declared"} if "groups" in data else {}),
                 "seed": config["seed"],
                 "epochs": config["recipe"]["epochs"],
                 "epoch": metrics["best"]["epoch"],

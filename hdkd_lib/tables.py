@@ -350,6 +350,8 @@ def provenance(frame: pd.DataFrame, plan: Mapping | None = None) -> str:
         f"{first.dataset} at {first.image_size} px, {first.protocol} split, replicates: {replicates}. "
         f"{epochs} epochs, {first.precision}. Test part, in percent; differences are paired by replicate."
     )
+    if "patients" in frame and frame.patients.notna().all():
+        text += f" Patients or other groups: {first.patients}."
     if left_out := excluded(first):
         text += f" {len(left_out)} test images with a near-duplicate in the training part are left out."
     if plan.get("questions"):

@@ -21,7 +21,7 @@ mapfile -t oldest < <(sed -nE 's/^ *"(torch|torchvision|timm)>=([0-9.]+)".*/\1==
 "${PYTHON:-python3}" -m venv "$folder"
 "$folder/bin/python" -m pip install -q --disable-pip-version-check uv
 grep -vE '^(torch|torchvision|timm|triton|setuptools|(nvidia|cuda)-[a-z0-9-]+)==' constraints.txt > "$folder/constraints.txt"
-"$folder/bin/uv" pip install -q --python "$folder/bin/python" -c "$folder/constraints.txt" -e ".[study,weights,test]" "$@"
+"$folder/bin/uv" pip install -q --python "$folder/bin/python" -c "$folder/constraints.txt" -e ".[study,weights,export,test]" "$@"
 "$folder/bin/uv" pip list --python "$folder/bin/python" | grep -E '^(torch|torchvision|timm|numpy) '
 
 export PATH=$folder/bin:$PATH TQDM_DISABLE=1 OMP_NUM_THREADS=1

@@ -87,10 +87,10 @@ def test_a_batch_is_no_larger_than_the_parts(timed, loaded, digits):
 
 
 def test_the_split_of_the_run_is_asked_for(timed, loaded):
-    split = {"protocol": "random", "fold": 2, "fraction": 0.5, "draws": 3}
+    split = {"protocol": "random", "fold": 2, "fraction": 0.5, "draws": 3, "groups": "(.)", "download": True}
     estimate.seconds(PARAMETERS | split | {"draw": 1})
     timing, counting = loaded.asked
-    assert timing == {"image_size": 16, "protocol": "random", "draws": 3}
+    assert timing == {"image_size": 16, "protocol": "random", "draws": 3, "groups": "(.)", "download": True}
     assert counting == {"image_size": 16} | split
 
 

@@ -49,7 +49,12 @@ class TestNotebook:
         cells = code_cells(path)
         assert not [cell.source for cell in cells if "NBVAL" in cell.source.upper()]
         tags = {tag for cell in cells for tag in cell.metadata.get("tags", [])}
-        assert tags <= {"parameters", "nbval-ignore-output", "raises-exception", "nbval-skip"}
+        assert tags <= {"parameters", "nbval-ignore-output", "raises-exception", "nbval-skip", "remove-cell"}
+
+    def test_its_first_cell_fetches_the_study_where_it_is_absent_and_is_that_of_the_others(self, path):
+        first, other = (code_cells(of)[0] for of in (path, NOTEBOOKS[0]))
+        assert 'find_spec("hdkd_lib") is None' in first.source
+        assert (first.source, first.metadata) == (other.source, other.metadata)
 
     def test_its_figures_have_alternative_texts(self, path):
         outputs = [output for cell in code_cells(path) for output in cell.outputs if "image/png" in output.get("data", {})]

@@ -42,6 +42,12 @@ def test_every_requirement_is_pinned_inside_its_range():
         assert all(version in requirement.specifier for version in pins()[name])
 
 
+def test_version_citation_and_changelog_agree():
+    version = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert version == newest == PROJECT["version"]
+
+
 def test_environment_yml_installs_the_project_with_all_extras_under_the_same_pins():
     text = (ROOT / "environment.yml").read_text()
     assert "-c constraints.txt" in text

@@ -32,23 +32,24 @@ def dead_links(site: Path) -> list[str]:
     return dead
 
 
-def unexplained(page: str) -> list[str]:
-    """Tables and figures of a plan's page that are not followed by its runs, their commits and the hash of its manifest."""
+def unexplained(page: str, start: str = "<table|<img") -> list[str]:
+    """Tables and figures of a page that are not followed by a plan's runs, their commits and the hash of its manifest."""
     article = page[page.index("<article") : page.index("</article>")].split('id="the-runs')[0]
-    blocks = re.split(r"(?=<table|<img)", article)[1:]
-    source = r'class="provenance.*?href="runs\.html".*? runs</.*?commits? [0-9a-f]{7}.*?json [0-9a-f]{12}'
+    blocks = [block for block in re.split(f"(?={start})", article)[1:] if re.search("<table|<img", block)]
+    source = r'class="provenance.*?href="[^"]*runs\.html".*? runs</.*?commits? [0-9a-f]{7}.*?json [0-9a-f]{12}'
     return [block.partition(">")[0] + ">" for block in blocks if not re.search(source, block, re.DOTALL)]
 
 
 class Page(HTMLParser):
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.anchors = set(), set()
+        self.links, self.anchors, self.images = set(), set(), []
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         of = dict(attributes)
         self.links |= {of[key] for key in ("href", "src") if of.get(key)} - {"#"}
+        self.images += [of] if tag == "img" else []
         self.anchors |= {of[key] for key in ("id", "name") if of.get(key)}
 
 
@@ -83,6 +84,15 @@ class TestSite:
     @pytest.mark.parametrize("plan", PLANS)
     def test_every_table_and_figure_of_a_plan_is_followed_by_what_it_is_made_of(self, site, plan):
         assert not unexplained((site / "results" / "published" / plan / "index.html").read_text())
+
+    @pytest.mark.parametrize("chapter", ["08_ablations", "09_tables", "10_figures"])
+    def test_what_a_chapter_shows_of_a_plan_is_followed_by_what_it_is_made_of(self, site, chapter):
+        assert not unexplained((site / "notebooks" / f"{chapter}.html").read_text(), '<div class="cell_output')
+
+    def test_every_figure_of_a_notebook_has_an_alternative_text(self, site):
+        figures = [image for page in site.glob("notebooks/*.html") for image in Page(page).images if "_images" in image["src"]]
+        assert len(figures) > 20
+        assert not [image for image in figures if len(image.get("alt", "")) < 20 or "png" in image["alt"]]
 
 
 def test_a_link_that_leads_nowhere_is_noticed(tmp_path):

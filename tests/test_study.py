@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import timm
+import torch
 
 import study
 from hdkd_lib import runs, statistics, tables
@@ -577,6 +579,16 @@ def test_a_dry_run_says_what_each_contrast_can_show(plan, capsys):
     assert f"2 points if that is at most {2 / found:.1f} points" in text
 
 
+def test_a_dry_run_of_folds_allows_for_their_common_training_images(plan, capsys):
+    replicates = json.dumps([{"fold": fold, "seed": seed} for fold in range(5) for seed in range(2)])
+    of_folds = ARMS.replace("[{draw: 0, seed: 0}, {draw: 1, seed: 1}]", replicates)
+    study._print_power(study.expand(plan(of_folds))["content"])
+    text = capsys.readouterr().out
+    assert "Does it help? n = 5 folds, whose training images overlap, 1 contrast" in text
+    found = statistics.detectable((1 + 5 * 0.2 / 0.7) ** 0.5, 5)
+    assert f"finds {found:.1f} standard deviations" in text
+
+
 @pytest.fixture
 def published(plan, tmp_path, monkeypatch):
     """A plan of which `published(*names)` are packed; the packed form is a stand-in."""
@@ -680,6 +692,25 @@ def test_a_published_plan_is_about_ten_files_without_a_path_of_this_machine(trai
     again = tmp_path / "again"
     tables.write_all(frame, runs.plan(published), again)
     assert (again / "verdicts.md").read_text() == (published / "tables" / "verdicts.md").read_text()
+
+
+def test_students_of_the_first_replicate_are_published_with_their_weights_and_stay(trained, finished_run, tmp_path):
+    target = trained()
+    source, expanded = tmp_path / "results" / "runs" / "tiny", study.expand("tiny")
+    expanded["content"]["students"] = ["hdkd"]
+    study._add_students(expanded, source, target, target)
+    student = target / "students" / "hdkd"
+    assert {path.name for path in student.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    loaded, own = timm.create_model(f"local-dir:{student}", pretrained=True), finished_run.student("last")
+    torch.testing.assert_close(loaded.state_dict(), own.state_dict(), rtol=0, atol=0)
+    assert str(tmp_path) not in (student / "README.md").read_text()
+
+    (source / "hdkd-draw0-seed0" / "last.safetensors").unlink()
+    aside = tmp_path / "aside"
+    study._add_students(expanded, source, target, aside)
+    assert (aside / "students" / "hdkd" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"the weights of hdkd-draw0-seed0 are not in .*; train it again"):
+        study._add_students(expanded, source, tmp_path, aside)
 
 
 def test_runs_that_do_not_belong_together_are_published_only_as_mixed(trained):

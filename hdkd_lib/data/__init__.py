@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 
 from hdkd_lib.data.batches import Files, Part, Rows
 from hdkd_lib.data.cache import Signatures, decode, remembered
+from hdkd_lib.data.groups import with_groups
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE, group_images, split
 from hdkd_lib.parameters import one_sentence
@@ -92,6 +94,7 @@ def load(
     draw: int = 0,
     val_per_class: int = 50,
     split_seed: int = 0,
+    groups: str = "",
     on_corrupt: str = "raise",
     from_files: bool | None = None,
     download: bool = False,
@@ -108,6 +111,9 @@ def load(
         fraction: of the training part, by class, nested.
         draws, draw, val_per_class: train on the `draw`-th of so many disjoint training sets, less the validation part of so
             many images of each class that all of them share; see `splits.split`. 0: on the whole training part.
+        groups: which images are of one patient, lesion or slide, in sets that do not say so: a regular expression on an image's
+            path whose parenthesised part names the group. By default what a table groups.csv beside the classes says, if there
+            is one; see `groups`.
         on_corrupt: "raise" (all images that cannot be decoded are named) or "skip" (they are counted in the card).
         from_files: read the image files anew in every epoch, with crops that keep the aspect, instead of decoding them once;
             they are not audited, so the protocol is "official". Default: where they would fill more than 64 GiB.
@@ -116,7 +122,7 @@ def load(
     Raises:
         ValueError, FileNotFoundError, OSError: one sentence that names the cause and the remedy.
     """
-    source = open_source(name, root, download=download)
+    source = with_groups(open_source(name, root, download=download), groups)
     if from_files is None:
         from_files = len(source.ids) * 3 * image_size**2 > CACHE_LIMIT
     if from_files:
@@ -134,14 +140,14 @@ def load(
         audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
     drawn = {"draws": draws, "draw": draw, "val_per_class": val_per_class} if draws else {"draw": draw}
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed, **drawn)
-    groups = group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
+    together = group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
 
     store = None if from_files else torch.from_numpy(images)  # one for all parts: processes share it as one
 
     def part(chosen: np.ndarray) -> Part:
         chosen_images = Files([source.images[i] for i in chosen], image_size) if store is None else Rows(store, chosen)
         labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
-        return Part(chosen_images, labels, [source.ids[i] for i in chosen], groups[chosen])
+        return Part(chosen_images, labels, [source.ids[i] for i in chosen], together[chosen])
 
     parts = {name: part(chosen) for name, chosen in index.items()}
     named = source.groups or [""] * len(source.ids)
@@ -150,7 +156,7 @@ def load(
     return Data(
         **parts,
         classes=source.classes,
-        card=_card(source, audit, groups, parts, protocol),
+        card=_card(source, audit, together, parts, protocol),
         config={
             "dataset": name,
             "image_size": image_size,
@@ -158,6 +164,7 @@ def load(
             "fold": fold,
             "fraction": fraction,
             **(drawn if draws else {}),
+            "groups": groups if source.groups else None,  # not known
             "split_seed": split_seed,
             "from_files": from_files,
             "classes": source.classes,
@@ -168,6 +175,23 @@ def load(
         signatures=signatures,
         audit=audit,
     )
+
+
+def load_as(config: Mapping, root: str | Path | None = None) -> Data:
+    """`load` with what a run's `config["data"]` says."""
+    keys = (
+        "image_size",
+        "protocol",
+        "fold",
+        "fraction",
+        "draws",
+        "draw",
+        "val_per_class",
+        "split_seed",
+        "groups",
+        "from_files",
+    )
+    return load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})
 
 
 def _digest(lines: list[str]) -> str:

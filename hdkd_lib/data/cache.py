@@ -102,11 +102,15 @@ def remembered(folder: Path | None, name: str, compute: Callable[[], dict[str, n
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright, three channels of 8 bits; 16-bit images are divided by 256 and transparency is dropped.
 
+    Of a photograph with a preview in the same file (MPO) the photograph is taken.
+
     Integers of 32 bits count as 16-bit values unless none is above 255.
 
     Raises:
-        ValueError: the pixels are floating-point numbers, whose range nobody knows.
+        ValueError: the pixels are floating-point numbers, whose range nobody knows, or the file holds several images.
     """
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError(f"{image.n_frames} images in one file; keep one in each")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels; convert them to 8 or 16 bits")
@@ -114,6 +118,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image)
         shift = 8 if image.mode != "I" or pixels.max() > 255 else 0
         image = Image.fromarray((pixels >> shift).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # of a palette's colours
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -133,18 +139,26 @@ def _content(source: Source) -> str:
         total.update(np.ascontiguousarray(source.images))
     else:
         for path in source.images:  # threads would be slower: most files are small, and the interpreter's lock is passed on
-            with open(path, "rb", buffering=0) as file:
-                total.update(hashlib.sha1(file.readall()).digest())
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    total.update(hashlib.sha1(file.readall()).digest())
+            except OSError as error:
+                raise OSError(f"cannot read {path}: {error.strerror}; mend or remove it") from error
     return total.hexdigest()[:16]
 
 
 def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
-    """Fills `folder`; the numbers of the images that cannot be decoded, and why."""
+    """Fills `folder`; the numbers of the images that cannot be decoded, and why.
+
+    Raises:
+        ValueError: none can be decoded, or those of 16 bits use 12 at most, of which 16 levels of grey would be left.
+    """
 
     def one(i: int):
         image = source.images[i]
         try:
             with Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image) as opened:
+                brightest[i] = np.asarray(opened).max() if opened.mode.startswith("I") else 0
                 rgb = to_rgb(opened)
         except Exception as error:  # PIL raises many kinds for a broken file
             return str(error).replace(f" {str(image)!r}", "")  # the id names it already
@@ -159,7 +173,7 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
             rgb.size,
         )
 
-    broken, signatures = {}, []
+    broken, signatures, brightest = {}, [], np.zeros(len(source.ids), int)
     # Written piece by piece: a memory map that meets a full disk would end the process with SIGBUS, a write says so.
     with ThreadPoolExecutor() as pool, (folder / "images.uint8").open("wb") as file:
         for start in range(0, len(source.ids), _CHUNK):
@@ -174,6 +188,11 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
         os.fsync(file.fileno())
     if not signatures:
         raise _corrupt(source, broken)
+    if 255 < brightest.max() < 2**12:
+        raise ValueError(
+            f"the 16-bit images of {source.name} use 12 bits at most (no pixel is above {brightest.max()}), and 16 levels of "
+            "grey would be left of them; convert them to 8 bits first, with the window that a reader would see"
+        )
     columns = [np.array(column) for column in zip(*signatures, strict=True)]
     names = ("hashes", "gradients", "thumbnails", "colours", "sizes")
     np.savez(folder / "signatures.npz", **dict(zip(names, columns, strict=True)))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
@@ -87,10 +87,10 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVE_SUFFIXES) and path.is_file()
 
 
-def existing(root: Path | None) -> Path:
-    """The folder `root`, extracted if it is an archive."""
+def existing(root: Path | None, needed: str) -> Path:
+    """The folder `root`, extracted if it is an archive; `needed` says what must lie there and where it is to be had."""
     if root is None:
-        raise FileNotFoundError("no data folder given; pass root= or set the variable HDKD_DATA")
+        raise FileNotFoundError(f"no data folder given; pass root= or set the variable HDKD_DATA: {needed}")
     if is_archive(root):
         return unpack(root)
     if not root.is_dir():
@@ -101,21 +101,47 @@ def existing(root: Path | None) -> Path:
 def images_in(directory: Path) -> tuple[list[Path], int]:
     """All images below, sorted, and the number of other files; hidden files, which some archives carry, are neither.
 
+    Links are followed; a folder that is reached twice is read once.
+
     Raises:
         OSError: a folder cannot be read.
+        ValueError: DICOM files are there: which of their grey values a reader should see is not for this library to choose.
     """
 
     def unreadable(error: OSError) -> None:
         raise OSError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    files = [Path(d, name) for d, _, names in os.walk(directory, onerror=unreadable) for name in names if name[0] != "."]
+    files, seen = [], set()
+    for place, folders, names in os.walk(directory, onerror=unreadable, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            files += [Path(place, name) for name in names if name[0] != "."]
+    if dicom := sorted(filter(_is_dicom, files)):
+        raise ValueError(
+            f"{len(dicom)} DICOM files in {directory}, the first is {dicom[0].relative_to(directory)}; write them as PNG "
+            "first, with the window that a reader would see, for example with dcm2img (dcmj2pnm) of DCMTK"
+        )
     images = sorted((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.parts)
     return images, len(files) - len(images)
 
 
+def _is_dicom(file: Path) -> bool:
+    if file.suffix.lower() in (".dcm", ".dicom"):
+        return True
+    if file.suffix:
+        return False
+    with file.open("rb") as opened:  # as scanners name them
+        return opened.read(132)[128:] == b"DICM"
+
+
 def find(root: Path | None, alternatives: list[tuple[str, ...]], dataset: str, obtain: str) -> Path:
     """`root`, a folder in it (the data set's own name first) or an archive there that holds all names of one alternative."""
-    root = existing(root)
+    wanted = " or ".join(" and ".join(names) for names in alternatives)
+    needed = f"{dataset} is a folder or an archive, or lies in one, that holds {wanted}; get it from {obtain}"
+    root = existing(root, needed)
 
     def holds(place: Path) -> bool:
         return any(all(any(place.glob(name)) for name in names) for names in alternatives)
@@ -134,7 +160,6 @@ def find(root: Path | None, alternatives: list[tuple[str, ...]], dataset: str, o
         listing = "\n".join(_members(archive))
         if any(all(name.strip("*") in listing for name in names) for names in alternatives):
             return find(unpack(archive), alternatives, dataset, obtain)
-    wanted = " or ".join(" and ".join(names) for names in alternatives)
     raise FileNotFoundError(f"no {dataset} in {root}: no folder or archive there holds {wanted}; get it from {obtain}")
 
 

@@ -27,6 +27,7 @@ class Source:
             `imagenet`: val is OUR CHOICE.
         groups: a name per image shared by images that must not be separated (a lesion, a patient), or None.
         card: what a reader must know: title, licence, citation, obtain (how to get it), known_faults.
+        place: the folder with its files; where groups are None, a table `groups.csv` there may say them (`groups.with_groups`).
 
     Raises:
         ValueError: two images have one id.
@@ -40,6 +41,7 @@ class Source:
     parts: list[str] | None = None
     groups: list[str] | None = None
     card: dict = field(default_factory=dict)
+    place: Path | None = None
 
     def __post_init__(self):
         if len(set(self.ids)) < len(self.ids):
@@ -79,7 +81,8 @@ def digits(root: Path | None = None, download: bool = False) -> Source:
 def folder(root: Path | None, download: bool = False) -> Source:
     """Any image folder: ROOT/{train,Training}/CLASS/* and ROOT/{test,Testing}/CLASS/*, or ROOT/CLASS/*; also as an archive.
 
-    A folder `val` beside both is the published validation part; without a folder `test` it is the test part.
+    A folder `val` beside both is the published validation part; without a folder `test` it is the test part. A table
+    `groups.csv` beside these folders says which images are of one patient (`groups.with_groups`).
 
     Raises:
         FileNotFoundError: ROOT is missing, holds no class folder, or only one of train and test.
@@ -87,7 +90,7 @@ def folder(root: Path | None, download: bool = False) -> Source:
     """
     if root is None:
         raise FileNotFoundError("no data folder given; the dataset 'folder' needs root=")
-    root = existing(root)
+    root = existing(root, "")
     found = {d.name.lower(): d for d in sorted(root.iterdir()) if d.is_dir()}
     train, val, test = (
         next((found[name] for name in names if name in found), None)
@@ -123,13 +126,20 @@ def folder(root: Path | None, download: bool = False) -> Source:
             "known_faults": "not known",
             "ignored_files": sum(ignored for *_, ignored in files),
         },
+        place=root,
     )
 
 
 def _class_folders(directory: Path) -> tuple[dict[str, list[Path]], int]:
     """The images of each class folder, and how many other files lie among them."""
     by_class, ignored = {}, 0
-    for class_dir in sorted(d for d in directory.iterdir() if d.is_dir() and not d.name.startswith(".")):
+    class_dirs = sorted(d for d in directory.iterdir() if d.is_dir() and not d.name.startswith("."))
+    names = [d.name.lower() for d in class_dirs]
+    if twice := [d.name for d, name in zip(class_dirs, names, strict=True) if names.count(name) > 1]:
+        raise ValueError(
+            f"the classes {', '.join(twice)} in {directory} differ in upper and lower case only; join or rename them"
+        )
+    for class_dir in class_dirs:
         by_class[class_dir.name], others = images_in(class_dir)
         ignored += others
         if not by_class[class_dir.name]:
@@ -232,6 +242,7 @@ def imagenet(root: Path | None, download: bool = False) -> Source:
             "known_faults": "duplicates and ambiguous labels are known; the published validation part is the test part here, "
             "and ten training images of each class are the validation part",
         },
+        place=Path(parts["train"].root),
     )
 
 
@@ -261,6 +272,7 @@ def _cifar(name: str, root: Path | None, download: bool) -> Source:
             "obtain": obtain,
             "known_faults": CIFAR_FAULTS,
         },
+        place=Path(train.root),
     )
 
 
@@ -322,12 +334,13 @@ def flowers102(root: Path | None, download: bool = False) -> Source:
             "obtain": obtain,
             "known_faults": "the published training part is an eighth of the set",
         },
+        place=Path(parts["train"].root),
     )
 
 
 def _torchvision(kind: Callable, root: Path | None, name: str, obtain: str = "", **arguments):
     """torchvision's data set of that class in `root` or in the folder of its name there."""
-    root = existing(root)
+    root = existing(root, f"{name} lies there, or in a folder {name} there, as torchvision keeps it; get it from {obtain}")
     places = [root] if arguments.get("download") else [root, root / name]
     for place in places:
         try:
@@ -362,7 +375,8 @@ def medmnist(name: str, root: Path | None, download: bool = False) -> Source:
     info = flat[flag]
     if "multi-label" in info["task"]:
         raise ValueError(f"{flag} has several labels per image, which this study's losses do not take; choose another set")
-    root = existing(root)
+    file = f"{flag}_{size}.npz" if size not in ("", "28") else f"{flag}.npz"
+    root = existing(root, f"{file} lies there or in a folder medmnist there; get it from medmnist.com, or pass download=True")
     root = root if download or not (root / "medmnist").is_dir() else root / "medmnist"
     try:
         parts = {
@@ -370,7 +384,6 @@ def medmnist(name: str, root: Path | None, download: bool = False) -> Source:
             for part in ("train", "val", "test")
         }
     except RuntimeError as error:
-        file = f"{flag}_{size}.npz" if size not in ("", "28") else f"{flag}.npz"
         raise FileNotFoundError(f"no {file} in {root}; get it from medmnist.com or pass download=True") from error
     return Source(
         name=name.replace(":", "-"),
@@ -388,6 +401,7 @@ def medmnist(name: str, root: Path | None, download: bool = False) -> Source:
             if flag == "dermamnist"
             else "patients are not identified",
         },
+        place=root,
     )
 
 

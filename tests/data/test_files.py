@@ -220,4 +220,4 @@ def test_a_file_that_is_no_archive_is_no_data_folder(tmp_path):
     (tmp_path / "images.rar").write_text("")
     for root in (tmp_path / "images.rar", tmp_path / "none", tmp_path / "none.zip"):
         with pytest.raises(FileNotFoundError, match=f"no data folder at {root}; correct root= or the variable HDKD_DATA"):
-            existing(root)
+            existing(root, "")
