@@ -42,7 +42,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         teacher = {"network": creation["name"], "network_options": options}
     of_teacher = teacher and {"network": teacher["network"], "network_options": teacher.get("network_options", {})}
     train, evaluate, make = _seconds_per_image(json.dumps(same), json.dumps(of_teacher))
-    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws", "groups", "download")}
+    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws", "val_per_class", "groups", "download")}
     counts = _counts(parameters["dataset"], parameters["root"], parameters["image_size"], json.dumps(split))
     images = parameters["synthesis"].get("per_class", 0) * counts["classes"] or counts["train"]
     return make * images + recipes.get(**parameters["recipe"]).epochs * (train * images + evaluate * counts["val"])
@@ -58,7 +58,7 @@ def _counts(dataset: str, root: str, image_size: int, split: str) -> dict[str, i
 def _seconds_per_image(parameters: str, teacher: str) -> tuple[float, float, float]:
     """Of a training step, of prediction, and of making an image; the arguments are JSON."""
     of, its_teacher = json.loads(parameters), json.loads(teacher)
-    split = {key: of[key] for key in ("image_size", "protocol", "draws", "groups", "download")}
+    split = {key: of[key] for key in ("image_size", "protocol", "draws", "val_per_class", "groups", "download")}
     loaded = data.load(of["dataset"], of["root"], **split)
     network = None
     if its_teacher:

@@ -87,10 +87,18 @@ def test_a_batch_is_no_larger_than_the_parts(timed, loaded, digits):
 
 
 def test_the_split_of_the_run_is_asked_for(timed, loaded):
-    split = {"protocol": "random", "fold": 2, "fraction": 0.5, "draws": 3, "groups": "(.)", "download": True}
+    split = {
+        "protocol": "random",
+        "fold": 2,
+        "fraction": 0.5,
+        "draws": 3,
+        "val_per_class": 4,
+        "groups": "(.)",
+        "download": True,
+    }
     estimate.seconds(PARAMETERS | split | {"draw": 1})
     timing, counting = loaded.asked
-    assert timing == {"image_size": 16, "protocol": "random", "draws": 3, "groups": "(.)", "download": True}
+    assert timing == {"image_size": 16} | {key: split[key] for key in split.keys() - {"fold", "fraction"}}
     assert counting == {"image_size": 16} | split
 
 
