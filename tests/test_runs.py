@@ -73,10 +73,10 @@ def test_changing_a_configuration_back_and_forth_loses_no_run(tmp_path):
 
 
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
-    run = Run.create(tmp_path, CONFIG)
-    with run.lock(), pytest.raises(filelock.Timeout):
-        filelock.FileLock(tmp_path / ".lock", timeout=0).acquire()
-    with run.lock():
+    run = Run.create(tmp_path / "run", CONFIG)
+    with runs.lock(run.path), pytest.raises(filelock.Timeout), runs.lock(run.path, wait=False):
+        pass
+    with runs.lock(run.path, wait=False):
         pass
 
 
