@@ -160,7 +160,7 @@ def timed(plan, tmp_path, monkeypatch):
 
 def test_a_dry_run_adds_up_the_time_of_what_is_not_finished(timed, tmp_path, capsys):
     (tmp_path / "teacher-seed1").mkdir()
-    (tmp_path / "teacher-seed1" / "metrics.json").touch()
+    (tmp_path / "teacher-seed1" / "metrics.json").write_text("{}")
     requests = []
     timed(lambda own, teacher: requests.append((own, teacher)) or (3600 if teacher is None else 600 * (1 + own["seed"])))
     assert capsys.readouterr().out.split("\n")[1:] == [
@@ -316,7 +316,7 @@ def test_a_cluster_loads_each_data_set_once_and_estimates_what_is_missing(plan, 
     monkeypatch.setattr("hdkd_lib.estimate.seconds", lambda own, teacher: own["recipe"]["epochs"])
     (tmp_path / "jobs.json").write_text(json.dumps(study.expand(plan(content))))
     (tmp_path / "teacher-seed0").mkdir()
-    (tmp_path / "teacher-seed0" / "metrics.json").touch()
+    (tmp_path / "teacher-seed0" / "metrics.json").write_text("{}")
     study.prepare(tmp_path / "jobs.json")
     prepared = json.loads((tmp_path / "prepared.json").read_text())
     assert loaded == [("digits", 16), ("digits", 32)]
