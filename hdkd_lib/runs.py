@@ -27,7 +27,7 @@ import platform
 import re
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -45,7 +45,7 @@ from hdkd_lib.metrics import Predictions
 from hdkd_lib.parameters import one_sentence
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("config", "job", "environment", "metrics", "checksums")  # NAME.json
+DOCUMENTS = ("config.json", "job.json", "environment.json", "metrics.json", "checksums.json")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv", "ema": "predictions_ema.csv"}
 # What older runs call otherwise in their config.json, by its sections.
@@ -129,7 +129,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(_as_text(content)))
+
+
+def _as_text(content: dict) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 @contextmanager
@@ -180,27 +184,48 @@ def mend(folder: Path, *, weights: bool = True) -> None:
     """Sets aside what is damaged in a run folder; the caller holds its lock.
 
     A run that lost a file is no longer finished: what is missing is written anew when it starts, from its weights if they are
-    whole. Runs from before there were checksums are known to be damaged by their documents and checkpoints alone.
+    whole. Of a run from before there were checksums, only documents and checkpoints are known to be damaged.
 
     Args:
         weights: whether weights are looked at; a run whose weights nobody needs stays finished without them.
     """
     remove_unfinished(folder)
-    damaged = {file for name in DOCUMENTS if (file := folder / f"{name}.json").exists() and read_json(file) is None}
-    damaged |= {file for name in CHECKPOINTS if (file := folder / name).exists() and not _is_checkpoint(file)}
-    for name, digest in (read_json(folder / "checksums.json") or {}).get("files", {}).items():
-        if (weights or not name.endswith(".safetensors")) and (folder / name).exists() and _digest(folder / name) != digest:
-            damaged.add(folder / name)
-    for file in sorted(damaged):
-        set_damaged_aside(file)
-    if {file.name for file in damaged} - {"job.json", "checksums.json"}:
+    lost = {name for name in DOCUMENTS if (folder / name).exists() and read_json(folder / name) is None}
+    lost |= {name for name in CHECKPOINTS if (folder / name).exists() and not _is_checkpoint(folder / name)}
+    for name, digest in checksums(folder).items():
+        is_weights = name.endswith(".safetensors")  # which may have been removed to save space
+        if not (folder / name).exists():
+            is_lost = not is_weights and name != "metrics.json"
+        else:
+            is_lost = (weights or not is_weights) and _digest(folder / name) != digest
+        lost |= {name} if is_lost else set()
+    for name in sorted(lost):
+        if (folder / name).exists():
+            set_damaged_aside(folder / name)
+        else:
+            print(f"{folder / name} is missing and will be made anew")
+    if lost - {"job.json", "checksums.json"}:
         (folder / "metrics.json").unlink(missing_ok=True)
+        _forget_checksums(folder, lost | {"metrics.json"})
 
 
-def write_checksums(run: "Run", names: list[str]) -> None:
-    """checksums.json of these files of the run, which do not change any more, and of no others."""
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of files in a run folder that do not change any more, by name; {} where none are known."""
+    return (read_json(folder / "checksums.json") or {}).get("files", {})
+
+
+def write_checksums(run: "Run", names: Iterable[str], measured: dict | None = None) -> None:
+    """checksums.json of these files, and of the metrics.json that will be written next."""
     files = {name: _digest(run.path / name) for name in names}
+    if measured:
+        files["metrics.json"] = hashlib.sha256(_as_text(measured).encode()).hexdigest()
     write_json(run.path / "checksums.json", {"config_hash": config_hash(run.config), "files": files})
+
+
+def _forget_checksums(folder: Path, names: Iterable[str]) -> None:
+    if known := read_json(folder / "checksums.json"):
+        files = {name: digest for name, digest in known["files"].items() if name not in names}
+        write_json(folder / "checksums.json", known | {"files": files})
 
 
 def _digest(file: Path) -> str:
@@ -223,8 +248,8 @@ def _configuration(folder: Path) -> str | None:
     """The hash of the configuration that a folder's run is of; "unknown" if nothing that is whole says so, None for no run."""
     if (folder / "config.json").exists():
         return config_hash(read_config(folder / "config.json"))
-    for name in ("metrics", "checksums"):
-        if document := read_json(folder / f"{name}.json"):
+    for name in ("metrics.json", "checksums.json"):
+        if document := read_json(folder / name):
             return document.get("config_hash", "unknown")
     for name in CHECKPOINTS:
         if (folder / name).exists():
@@ -359,8 +384,8 @@ class Run:
 
     def _checked(self, name: str) -> Path:
         """A file of a finished run, once its checksum is that of what was written."""
-        digests = (read_json(self.path / "checksums.json") or {}).get("files", {}) if self.is_finished else {}
-        if (file := self.path / name).exists() and digests.get(name, "") not in ("", _digest(file)):
+        file, digest = self.path / name, checksums(self.path).get(name) if self.is_finished else None
+        if digest and file.exists() and _digest(file) != digest:
             raise ValueError(f"{file} is damaged: its checksum has changed; start the run again, which makes it anew")
         return file
 
@@ -495,6 +520,7 @@ def remeasure(folder: str | Path) -> int:
             of = run.predictions(epoch)
             scores = metrics.classification(torch.tensor(of.probabilities).float(), torch.tensor(of.labels))
             measured[epoch]["test"] = scores
+        _forget_checksums(run.path, ["metrics.json"])
         write_json(run.path / "metrics.json", measured)
     return len(found)
 

@@ -432,7 +432,7 @@ def _ended(training: Training) -> tuple[list[dict], dict, Epoch] | None:
     run, task = training.run, training.task
     names = ["last", "best"] + ["ema"] * bool(training.recipe.ema)
     needed = ["history.csv", *(f"{name}.safetensors" for name in names)]
-    known = (runs.read_json(run.path / "checksums.json") or {}).get("files", {})
+    known = runs.checksums(run.path)  # `mend` has looked at them
     if not all(name in known and (run.path / name).exists() for name in needed):
         return None
     weights = {name: load_file(run.path / f"{name}.safetensors") for name in names}
@@ -520,7 +520,7 @@ def _write_split(run: Run, data: Data, with_groups: bool) -> None:
 def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> None:
     """The one use of the test part."""
     task, data, run = training.task, training.data, training.run
-    trained = ["history.csv", *(f"{which}.safetensors" for which in epochs)]
+    trained = ["config.json", "environment.json", "history.csv", *(f"{which}.safetensors" for which in epochs)]
     runs.write_checksums(run, trained)
     _write_split(run, data, with_groups=True)
     measured = {}
@@ -540,17 +540,15 @@ def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> 
         if which == "last":  # has it learned its images? In training it sees them augmented
             fitted = predict(task, data.train, precision=training.precision).argmax(1) == data.train.labels
             measured[which]["train"] = {"accuracy": round(fitted.float().mean().item(), 6)}
-    runs.write_checksums(run, [*trained, "split.csv", *(runs.PREDICTIONS[which] for which in epochs)])
     seconds = sum(row["seconds"] for row in history)
-    write_json(
-        run.path / "metrics.json",
-        {
-            "config_hash": runs.config_hash(run.config),
-            **measured,
-            "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
-            "parameters": sum(p.numel() for p in task.student.parameters()),
-            "seconds": round(seconds, 1),
-            **{key: data.card[key] for key in ("synthesis_seconds",) if key in data.card},
-            "images_per_second": round(len(data.train) * training.recipe.epochs / seconds, 1),
-        },
-    )
+    measured = {
+        "config_hash": runs.config_hash(run.config),
+        **measured,
+        "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
+        "parameters": sum(p.numel() for p in task.student.parameters()),
+        "seconds": round(seconds, 1),
+        **{key: data.card[key] for key in ("synthesis_seconds",) if key in data.card},
+        "images_per_second": round(len(data.train) * training.recipe.epochs / seconds, 1),
+    }
+    runs.write_checksums(run, [*trained, "split.csv", *(runs.PREDICTIONS[which] for which in epochs)], measured)
+    write_json(run.path / "metrics.json", measured)
