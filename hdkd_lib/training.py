@@ -170,7 +170,8 @@ def train(training: Training) -> None:
         if len(history) < recipe.epochs:
             (run.path / "checksums.json").unlink(missing_ok=True)
         _write_split(run, data, with_groups=False)
-        _write_history(run, history)  # its last row is missing if the process was killed after the checkpoint
+        if history:  # whose last row is not in the table if the process was killed after the checkpoint
+            _write_history(run, history)
         _announce(training, len(history))
     lag, criterion = (1, "accuracy") if recipe.protocol == "paper" else (0, "balanced_accuracy")
     bar = tqdm(
@@ -439,10 +440,11 @@ def _ended(training: Training) -> tuple[list[dict], dict, Epoch] | None:
     task.student.load_state_dict(weights["last"])
     if training.recipe.ema:
         unwrap_model(task.get_eval_model(ema=True)).load_state_dict(weights["ema"])
-    history = pd.read_csv(run.path / "history.csv", float_precision="round_trip").to_dict("records")
+    table = pd.read_csv(run.path / "history.csv", dtype=str).astype(float)  # as Python reads numbers: to the last bit
+    history = table.astype({"epoch": int}).to_dict("records")
     criterion = "accuracy" if training.recipe.protocol == "paper" else "balanced_accuracy"
     best = max(history, key=lambda row: (row[f"val_{criterion}"], -row["val_nll"]))
-    return history, {"epoch": int(best["epoch"]), "weights": weights["best"]}, Epoch()
+    return history, {"epoch": best["epoch"], "weights": weights["best"]}, Epoch()
 
 
 def _save_checkpoint(
