@@ -701,6 +701,7 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     expanded = expand(plan)
     source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
+    _mend(source, expanded)
     finished = {name: source / name for name in jobs if _is_finished(source / name)}
     missing = [name for name in jobs if name not in finished and name not in runs.packed(target)]
     if missing and not partial:

@@ -224,7 +224,7 @@ def write_checksums(run: "Run", names: Iterable[str], measured: dict | None = No
 
 def _forget_checksums(folder: Path, names: Iterable[str]) -> None:
     if known := read_json(folder / "checksums.json"):
-        files = {name: digest for name, digest in known["files"].items() if name not in names}
+        files = {name: digest for name, digest in checksums(folder).items() if name not in names}
         write_json(folder / "checksums.json", known | {"files": files})
 
 
@@ -378,9 +378,7 @@ class Run:
         return (self.path / f"{name}.json").exists() if self._packed is None else name in self._packed
 
     def _document(self, name: str) -> dict:
-        if self._packed is not None:
-            return self._packed[name]
-        return _read_whole(self.path / f"{name}.json")
+        return _read_whole(self.path / f"{name}.json") if self._packed is None else self._packed[name]
 
     def _checked(self, name: str) -> Path:
         """A file of a finished run, once its checksum is that of what was written."""

@@ -21,7 +21,14 @@ from hdkd_lib.data.sources import Source
 _VERSION = 2  # raise when decoding, resizing or a signature changes
 _CHUNK = 256  # images in memory at a time while a cache is built
 _CHECKED = 2**30  # bytes of images whose checksum is compared at each reading, about a second; of more only the size
-_UNREADABLE = (*DAMAGE, ValueError, TypeError, KeyError, OSError)  # what JSON, NumPy and zip raise for damaged bytes
+_UNREADABLE = (
+    *DAMAGE,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OSError,
+)  # of damaged JSON or arrays
 
 
 @dataclass(frozen=True)
