@@ -585,7 +585,7 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
         for file in ("reports.done", "prepared.json"):
             (jobs_file.parent / file).unlink(missing_ok=True)
     changed = {name for name, job in before.items() if _essence(job) != _essence(expanded["jobs"].get(name))}
-    while grown := {name for name, job in before.items() if changed & set(job["needs"])} - changed:
+    while grown := {name for name, job in before.items() if changed & set(job.get("needs") or [])} - changed:
         changed |= grown
     for name in changed:
         path = jobs_file.parent / name
@@ -601,9 +601,10 @@ def _jobs_before(jobs_file: Path, expanded: dict) -> dict:
     """The jobs of the plan's last start; without a jobs.json, those that the job.json of its finished runs tell."""
     from hdkd_lib import runs
 
-    if written := runs.read_json(jobs_file):
-        return written["jobs"]
-    found = {file.parent.name: runs.read_json(file) for file in jobs_file.parent.glob("*/job.json") if "~" not in str(file)}
+    if written := (runs.read_json(jobs_file) or {}).get("jobs"):
+        return written
+    files = (file for file in jobs_file.parent.glob("*/job.json") if "~" not in file.parent.name)
+    found = {file.parent.name: runs.read_json(file) for file in files}
     unsaid = {"report": False, "needs": []}  # which teacher a run has is seen by its config.json, too
     return {name: unsaid | {"needs": expanded["jobs"].get(name, unsaid)["needs"]} | job for name, job in found.items() if job}
 
@@ -616,7 +617,7 @@ def _is_finished(folder: Path) -> bool:
 
 def _essence(job: dict | None) -> dict | None:
     """What decides the result of a job."""
-    return job and {key: job[key] for key in ("notebook", "parameters", "needs", "report")}
+    return job and {key: job.get(key) for key in ("notebook", "parameters", "needs", "report")}
 
 
 def _mend(folder: Path, expanded: dict) -> None:
@@ -638,8 +639,9 @@ def _mend(folder: Path, expanded: dict) -> None:
 def _mend_run(folder: Path, weights: bool) -> None:
     from hdkd_lib import runs
 
-    with contextlib.suppress(filelock.Timeout), runs.lock(folder, wait=False):
-        runs.mend(folder, weights=weights)
+    if folder.exists():
+        with contextlib.suppress(filelock.Timeout), runs.lock(folder, wait=False):
+            runs.mend(folder, weights=weights)
 
 
 def _take_published(expanded: dict, folder: Path) -> None:
@@ -701,7 +703,8 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     expanded = expand(plan)
     source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
-    _mend(source, expanded)
+    for name in jobs:
+        _mend_run(source / name, weights=False)
     finished = {name: source / name for name in jobs if _is_finished(source / name)}
     missing = [name for name in jobs if name not in finished and name not in runs.packed(target)]
     if missing and not partial:

@@ -257,7 +257,7 @@ def workflow_trial(root: Path, undisturbed: Path, draw: random.Random) -> tuple[
         number, after = draw.choice(SIGNALS), draw.choice([draw.uniform(0, 5), draw.uniform(5, 30)])
         said += start_workflow(root, victim, number, after)[1]
         done.append(f"{signal.Signals(number).name} to {victim} after {after:.1f} s")
-        done += [damage(root, draw) for _ in range(draw.randint(0, 2))] + [plant(root, draw)] * draw.randint(0, 1)
+        done += [damage(root, draw) for _ in range(draw.randint(0, 2))] + [plant(root, draw) for _ in range(draw.randint(0, 1))]
     code, log = start_workflow(root)
     if code:
         return done, [f"the last start failed:\n{log[-3000:]}"]
@@ -282,12 +282,9 @@ def main() -> int:
         else:
             import torch
 
-            import hdkd_lib.experiment  # so that every start is a fork that need not import it
-            import hdkd_lib.recipes  # noqa: F401
-
             torch.set_num_threads(1)
-            start(whole)
-            shutil.rmtree(whole / "runs")
+            os.environ["HDKD_CACHE"] = str(whole / "cache")
+            train(whole / "warm")  # so that a start is a fork, which need not import and compile again
             time_of_one = time.monotonic()
             code, log, operations = start(whole)
             time_of_one = time.monotonic() - time_of_one
