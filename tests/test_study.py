@@ -261,7 +261,7 @@ def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(num
     (fake / "FIXED").touch()
     command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
     started = subprocess.Popen(command, cwd=fake, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait(lambda: (fake / "PID").exists() and (fake / "PID").read_text(), 60)
+    _wait(lambda: (fake / "PID").exists() and (fake / "PID").read_text(), 300)
     kernel, sent = int((fake / "PID").read_text()), time.monotonic()
     os.kill(started.pid, number)
     started.wait()
