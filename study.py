@@ -30,12 +30,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -241,15 +243,20 @@ def execute(jobs_file: Path, name: str) -> None:
     executed = folder / "run.ipynb"
     notebook = str(NOTEBOOKS / f"{job['notebook']}.ipynb")
     options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--log-level=50"]}
+
+    def execute_notebook() -> None:
+        papermill.execute_notebook(notebook, str(executed), parameters, **options)
+
     try:
-        with _gpus(plan, name):
+        # In another thread than the main one, in which nbclient would take the signals that end this process.
+        with _gpus(plan, name), ThreadPoolExecutor(1) as thread:
             try:
-                papermill.execute_notebook(notebook, str(executed), parameters, **options)
+                thread.submit(execute_notebook).result()
             except RuntimeError as error:
                 if "Kernel died before replying" not in str(error):
                     raise
                 # Jupyter picks TCP ports before its kernel takes them; of many kernels that start together one may be late.
-                papermill.execute_notebook(notebook, str(executed), parameters, **options)
+                thread.submit(execute_notebook).result()
     except Exception as error:
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "evalue") else f"{type(error).__name__}: {error}"
         raise RuntimeError(f"run {name} failed: {reason}\n  its notebook with the error: {executed}") from error
@@ -263,22 +270,52 @@ def execute(jobs_file: Path, name: str) -> None:
 
 def _write_job(folder: Path, plan: str, job: dict) -> None:
     """Which run of which plan the folder holds."""
-    content = {"plan": plan} | {key: job[key] for key in ("arm", "replicate", "notebook", "parameters")}
-    (folder / "job.json").write_text(json.dumps(content, indent=1) + "\n")
+    _write_json(folder / "job.json", {"plan": plan} | {key: job[key] for key in ("arm", "replicate", "notebook", "parameters")})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    """As `hdkd_lib.runs.write_json`: readers see the old content or the new, never half of it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(file)
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its kernel when the workflow is gone, also by kill -9; a kernel left alone would train on."""
+    """Ends this process and its kernel when it is asked to end, or when the workflow is gone, also by kill -9: a kernel left
+    alone would train on."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        os._exit(137)
+        _end_all(5)
 
+    _end_when_asked(5)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_when_asked(seconds: float, message: str = "") -> None:
+    """On SIGINT and SIGTERM, `_end_all`."""
+
+    def end(number: int, _) -> None:
+        print(message, end="", file=sys.stderr, flush=True)
+        _end_all(seconds, 128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def _end_all(seconds: float, code: int = 137) -> None:
+    """Ends this process after its children, which get so many seconds to keep the state of their runs."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    psutil.wait_procs(children, timeout=seconds)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(code)
 
 
 def prepare(jobs_file: Path) -> None:
@@ -297,9 +334,7 @@ def prepare(jobs_file: Path) -> None:
     _end_with_parent()
     plan, folder = json.loads(jobs_file.read_text()), jobs_file.parent
     torch.set_num_threads(plan["threads"])
-    missing = {
-        name: job for name, job in plan["jobs"].items() if not job["report"] and not (folder / name / "metrics.json").exists()
-    }
+    missing = {name: job for name, job in plan["jobs"].items() if not job["report"] and not _is_finished(folder / name)}
     defaults = {notebook: _defaults(notebook) for notebook in {job["notebook"] for job in missing.values()}}
     loaded = set()
     for job in missing.values():
@@ -311,7 +346,7 @@ def prepare(jobs_file: Path) -> None:
             loaded.add(key)
     seconds = {name: _seconds(plan["jobs"], name) for name, job in missing.items() if job["notebook"] == "run"}
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-    (folder / "prepared.json").write_text(json.dumps({"seconds": seconds, "mem_mb": memory}, indent=1) + "\n")
+    _write_json(folder / "prepared.json", {"seconds": seconds, "mem_mb": memory})
 
 
 def run(
@@ -344,10 +379,11 @@ def run(
         lock.acquire()
     jobs_file = folder / ("dry-run.json" if dry_run else "jobs.json")
     if not dry_run:
+        _mend(folder, expanded)
         _set_aside_changed(jobs_file, expanded)
         _take_published(expanded, folder)
         _note_changed_questions(expanded, folder)
-    jobs_file.write_text(json.dumps(expanded, indent=1))
+    _write_json(jobs_file, expanded)
     arguments = [
         "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--config", f"jobs={jobs_file}",
         "--scheduler", "greedy", "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nolock",
@@ -356,19 +392,29 @@ def run(
     if expanded["slots"]:
         arguments += ["--resources", f"gpu_slots={len(expanded['gpus']) * runs_per_gpu}"]
     arguments += ["--profile", str(profile.resolve()), "--local-cores", str(cores)] if profile else ["--cores", str(cores)]
-    try:  # in this process, so that whoever ends it ends the workflow
-        snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
-    except SystemExit as exit:
-        code = exit.code
-    finally:
-        lock.release()
+
+    def workflow() -> int:
+        try:
+            snakemake.cli.main(arguments + ["--dry-run"] * dry_run)
+        except SystemExit as exit:
+            return exit.code
+
+    # In this process, so that whoever ends it ends the workflow. A cluster's jobs Snakemake cancels itself; for those here it
+    # would wait, and therefore it runs beside the main thread, which gets the signals.
+    if profile:
+        code = workflow()
+    else:
+        _end_when_asked(8, f"ending the runs of {plan}; start it again to go on\n")
+        with ThreadPoolExecutor(1) as thread:
+            code = thread.submit(workflow).result()
+    lock.release()
     if dry_run:
         _print_power(expanded["content"])
         if not profile:
             _print_times(expanded, folder, cores)
         return code
     for name, job in expanded["jobs"].items():
-        if not job["report"] and not (folder / name / "metrics.json").exists():
+        if not job["report"] and not _is_finished(folder / name):
             print(f"not finished: {name} ({folder / name / 'run.ipynb'}); start the plan again to go on", file=sys.stderr)
     if code:
         return 1
@@ -490,10 +536,10 @@ def _print_times(expanded: dict, folder: Path, cores: int) -> None:
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     torch.set_num_threads(expanded["threads"])
     jobs_file = folder / "jobs.json"
-    before = json.loads(jobs_file.read_text())["jobs"] if jobs_file.exists() else expanded["jobs"]
+    before = _jobs_before(jobs_file, expanded)
     arms: dict[str, list[str]] = {}
     for name, job in jobs.items():
-        is_done = _essence(before.get(name)) == _essence(job) and (folder / name / "metrics.json").exists()
+        is_done = _essence(before.get(name, job)) == _essence(job) and _is_finished(folder / name)
         arms.setdefault(job["arm"], []).extend([] if is_done else [name])
     total, width, chapters = 0.0, max(map(len, arms)), 0
     print(f"\n{'run':{width}}  to run  time of each, with {expanded['threads']} threads")
@@ -541,49 +587,95 @@ def _duration(seconds: float) -> str:
 def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
     """Runs that left the plan or whose parameters, or whose teacher's, changed since its last start keep their results as
     NAME~1, NAME~2, ..."""
-    if not jobs_file.exists():
+    from hdkd_lib import runs
+
+    if not (before := _jobs_before(jobs_file, expanded)):
         return
-    before = json.loads(jobs_file.read_text())["jobs"]
     if {name: _essence(job) for name, job in before.items()} != {n: _essence(job) for n, job in expanded["jobs"].items()}:
         for file in ("reports.done", "prepared.json"):
             (jobs_file.parent / file).unlink(missing_ok=True)
     changed = {name for name, job in before.items() if _essence(job) != _essence(expanded["jobs"].get(name))}
-    while grown := {name for name, job in before.items() if changed & set(job["needs"])} - changed:
+    while grown := {name for name, job in before.items() if changed & set(job.get("needs") or [])} - changed:
         changed |= grown
     for name in changed:
         path = jobs_file.parent / name
-        if path.exists():
-            number = 1
-            while path.with_name(f"{name}~{number}").exists():
-                number += 1
-            path.rename(path.with_name(f"{name}~{number}"))
+        with runs.lock(path):
+            if path.exists():
+                number = 1
+                while path.with_name(f"{name}~{number}").exists():
+                    number += 1
+                path.rename(path.with_name(f"{name}~{number}"))
+
+
+def _jobs_before(jobs_file: Path, expanded: dict) -> dict:
+    """The jobs of the plan's last start; without a jobs.json, those that the job.json of its finished runs tell."""
+    from hdkd_lib import runs
+
+    if written := (runs.read_json(jobs_file) or {}).get("jobs"):
+        return written
+    files = (file for file in jobs_file.parent.glob("*/job.json") if "~" not in file.parent.name)
+    found = {file.parent.name: runs.read_json(file) for file in files}
+    unsaid = {"report": False, "needs": []}  # which teacher a run has is seen by its config.json, too
+    return {name: unsaid | {"needs": expanded["jobs"].get(name, unsaid)["needs"]} | job for name, job in found.items() if job}
+
+
+def _is_finished(folder: Path) -> bool:
+    from hdkd_lib import runs
+
+    return runs.read_json(folder / "metrics.json") is not None
 
 
 def _essence(job: dict | None) -> dict | None:
     """What decides the result of a job."""
-    return job and {key: job[key] for key in ("notebook", "parameters", "needs", "report")}
+    return job and {key: job.get(key) for key in ("notebook", "parameters", "needs", "report")}
+
+
+def _mend(folder: Path, expanded: dict) -> None:
+    """Sets aside what is damaged in the plan's folder and in those of its runs, which are then made anew.
+
+    Weights are looked at where they are needed (`_take_published`). A run that another process trains now is left to it.
+    """
+    from hdkd_lib import runs
+
+    runs.remove_unfinished(folder)
+    for name in ("jobs.json", "plan.json", "prepared.json"):
+        if (folder / name).exists() and runs.read_json(folder / name) is None:
+            runs.set_damaged_aside(folder / name)
+    for name, job in expanded["jobs"].items():
+        if not job["report"]:
+            _mend_run(folder / name, weights=False)
+
+
+def _mend_run(folder: Path, weights: bool) -> None:
+    from hdkd_lib import runs
+
+    if folder.exists():
+        with contextlib.suppress(filelock.Timeout), runs.lock(folder, wait=False):
+            runs.mend(folder, weights=weights)
 
 
 def _take_published(expanded: dict, folder: Path) -> None:
-    """Runs that are published, but not here, are taken as done; a teacher whose weights are needed will be trained again."""
+    """Runs that are published, but not here, are taken as done; a teacher whose weights are needed, and are not here or
+    damaged, is trained again."""
+    from hdkd_lib import packing, runs
+
     source = RESULTS / "published" / expanded["plan"]
-    published = json.loads((source / "runs.json").read_text()) if (source / "runs.json").exists() else {}
+    published = runs.read_json(source / "runs.json") or {}
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
 
     packed = {
         name for name, run in published.items() if name in jobs and _configuration(run["job"]) == _configuration(jobs[name])
     }
     here = {name for name in jobs if (folder / name / "metrics.json").exists()}
-    with_weights = {name for name in here if (folder / name / "last.safetensors").exists()}
-    missing = set(jobs) - here - packed
+    missing, with_weights, weights = set(jobs) - here - packed, set(), "last.safetensors"
     while needed := {teacher for name in missing for teacher in jobs[name]["needs"]} - with_weights - missing:
-        missing |= needed
-    for name in missing & here:  # it was taken from what is published
-        if name in packed:
-            shutil.rmtree(folder / name)
+        for name in needed & here:
+            _mend_run(folder / name, weights=True)
+        with_weights |= {name for name in needed if _is_finished(folder / name) and (folder / name / weights).exists()}
+        missing |= needed - with_weights
+    for name in missing & here:
+        (folder / name / "metrics.json").unlink(missing_ok=True)
     for name in sorted(packed - here - missing):
-        from hdkd_lib import packing
-
         packing.unpack(source, name, folder / name)
     for name in here - missing:
         if not (folder / name / "job.json").exists():
@@ -592,12 +684,14 @@ def _take_published(expanded: dict, folder: Path) -> None:
 
 def _note_changed_questions(expanded: dict, folder: Path) -> None:
     """plan.json: what the plan says, and how many runs were finished when its questions changed; every table then says so."""
+    from hdkd_lib import runs
+
     file, content = folder / "plan.json", json.loads(json.dumps({"name": expanded["plan"], **expanded["content"]}))
-    before = json.loads(file.read_text()) if file.exists() else content
+    before = runs.read_json(file) or content
     changed = before.get("questions_changed_after")
     if before.get("asked", _questions(before)) != _questions(content):
-        changed = sum((folder / name / "metrics.json").exists() for name in expanded["jobs"]) or changed
-    file.write_text(json.dumps(content | ({"questions_changed_after": changed} if changed else {}), indent=1) + "\n")
+        changed = sum(_is_finished(folder / name) for name in expanded["jobs"]) or changed
+    _write_json(file, content | ({"questions_changed_after": changed} if changed else {}))
 
 
 def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
@@ -619,7 +713,9 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     expanded = expand(plan)
     source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
-    finished = {name: source / name for name in jobs if (source / name / "metrics.json").exists()}
+    for name in jobs:
+        _mend_run(source / name, weights=False)
+    finished = {name: source / name for name in jobs if _is_finished(source / name)}
     missing = [name for name in jobs if name not in finished and name not in runs.packed(target)]
     if missing and not partial:
         raise FileNotFoundError(f"{plan} is not finished ({', '.join(missing)}); make study PLAN={plan}")
@@ -637,13 +733,13 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     if not packed or (not partial and packed.keys() != jobs.keys()):
         raise FileNotFoundError(f"no predictions of {', '.join(jobs.keys() - packed.keys())}; make study PLAN={plan}")
     content = {"name": plan, **expanded["content"]}
-    before = json.loads((source / "plan.json").read_text()) if (source / "plan.json").exists() else {}
+    before = runs.plan(source)
     content |= {key: before[key] for key in ("questions_changed_after",) if key in before}
     if objections := _objections(packed, jobs):
         if not mixed:
             raise ValueError(f"{plan} is not published: {'; '.join(objections)}; repeat these runs, or say MIXED=1 (--mixed)")
         content["mixed"] = objections
-    (aside / "plan.json").write_text(json.dumps(content, indent=1) + "\n")
+    _write_json(aside / "plan.json", content)
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
     if partial:
         for file in aside.iterdir():

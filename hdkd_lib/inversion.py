@@ -39,7 +39,7 @@ from hdkd_lib.losses import batchnorm_loss, check_balance, competition_loss, int
 from hdkd_lib.methods.teacher import Teacher
 from hdkd_lib.models import digest
 from hdkd_lib.parameters import one_sentence
-from hdkd_lib.runs import config_hash, results_dir, write_atomically, write_json
+from hdkd_lib.runs import config_hash, read_json, results_dir, set_damaged_aside, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,9 @@ def synthesize(
         "student": student and digest(student),
     }
     record = folder / "synthesis.json"
-    state = json.loads(record.read_text()) if record.exists() else {"request": request, "batches": []}
+    if record.exists() and read_json(record) is None:
+        set_damaged_aside(folder)  # nobody knows what these images are
+    state = read_json(record) or {"request": request, "batches": []}
     if state["request"] != request or (not record.exists() and folder.exists() and any(folder.iterdir())):
         raise ValueError(f"{folder} holds images that were made otherwise; give another folder or remove it")
     batches = _batches(len(classes), per_class, settings.batch_size)

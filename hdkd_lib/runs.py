@@ -8,9 +8,13 @@
     predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class;
                        predictions_last.csv: weights of the last epoch; predictions_ema.csv: their moving average
     best.safetensors, last.safetensors   weights of the best validation epoch and of the last; ema.safetensors, if asked for
-    checkpoint.pt      while it runs: all that is needed to go on
+    checkpoint.pt      while it runs: all that is needed to go on; checkpoint_before.pt: the one before
     run.ipynb          the executed notebook, where a plan ran it
-    metrics.json       written last: a run is finished if it exists
+    checksums.json     SHA-256 of weights and tables, and the configuration that they are of
+    metrics.json       written last: a run is finished if it is there and whole
+
+What is damaged is renamed to NAME~damaged when its run starts again (`mend`), and made anew from the best state that is whole:
+the checkpoint, the one before, the weights of a finished run, or the start.
 
 A published plan holds the same of all its runs in a few files (`hdkd_lib.packing`); `Run` and `load` read both.
 """  # fmt: skip
@@ -20,8 +24,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,6 +45,8 @@ from hdkd_lib.metrics import Predictions
 from hdkd_lib.parameters import one_sentence
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("config.json", "job.json", "environment.json", "metrics.json", "checksums.json")
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv", "ema": "predictions_ema.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
@@ -69,9 +77,24 @@ def from_root(path: str | Path) -> Path:
     return path
 
 
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file; None if it is not there, or no JSON object (half-written, empty, damaged)."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else None
+    except ValueError:  # of the JSON or of its encoding
+        content = None
+    return content if isinstance(content, dict) else None
+
+
 def read_config(path: Path) -> dict:
     """A config.json, under the names of today."""
-    return _todays_names(json.loads(path.read_text()))
+    return _todays_names(_read_whole(path))
+
+
+def _read_whole(path: Path) -> dict:
+    if (content := read_json(path)) is None:
+        raise ValueError(f"{path} is {'damaged' if path.exists() else 'missing'}; start the run again, which makes it anew")
+    return content
 
 
 def _todays_names(config: dict) -> dict:
@@ -106,7 +129,138 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(_as_text(content)))
+
+
+def _as_text(content: dict) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Held while a run folder is set aside, mended, created or trained in: of two processes the second waits.
+
+    The lock lies beside the folder, whose name may come to mean another folder. It is released when its holder dies.
+
+    Raises:
+        filelock.Timeout: another process holds it, and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        held.acquire(timeout=1 if wait else 0)
+    except filelock.Timeout:
+        if not wait:
+            raise
+        print(f"waiting for another process that trains in this folder: {path.name}")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Renames a file or folder to NAME~MARK, or, where that is taken, NAME~MARK~, NAME~MARK~~, ..."""
+    aside = path.with_name(f"{path.name}~{mark}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}~")
+    return path.rename(aside)
+
+
+def set_damaged_aside(path: Path) -> None:
+    aside = set_aside(path, "damaged")
+    print(f"{path} is damaged: it was renamed to {aside.name} and will be made anew")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_atomically` had begun when its process was killed; the caller holds the folder's lock."""
+    for file in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", file.name):
+            file.unlink(missing_ok=True)
+
+
+def mend(folder: Path, *, weights: bool = True) -> None:
+    """Sets aside what is damaged in a run folder; the caller holds its lock.
+
+    A run that lost a file is no longer finished: what is missing is written anew when it starts, from its weights if they are
+    whole. Of a run from before there were checksums, only documents and checkpoints are known to be damaged.
+
+    Args:
+        weights: whether weights are looked at; a run whose weights nobody needs stays finished without them.
+    """
+    remove_unfinished(folder)
+    lost = {name for name in DOCUMENTS if (folder / name).exists() and read_json(folder / name) is None}
+    lost |= {name for name in CHECKPOINTS if (folder / name).exists() and not _is_checkpoint(folder / name)}
+    for name, digest in checksums(folder).items():
+        is_weights = name.endswith(".safetensors")  # which may have been removed to save space
+        if not (folder / name).exists():
+            is_lost = not is_weights and name != "metrics.json"
+        else:
+            is_lost = (weights or not is_weights) and _digest(folder / name) != digest
+        lost |= {name} if is_lost else set()
+    for name in sorted(lost):
+        if (folder / name).exists():
+            set_damaged_aside(folder / name)
+        else:
+            print(f"{folder / name} is missing and will be made anew")
+    if lost - {"job.json", "checksums.json"}:
+        (folder / "metrics.json").unlink(missing_ok=True)
+        _forget_checksums(folder, lost | {"metrics.json"})
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of files in a run folder that do not change any more, by name; {} where none are known."""
+    return (read_json(folder / "checksums.json") or {}).get("files", {})
+
+
+def write_checksums(run: "Run", names: Iterable[str], measured: dict | None = None) -> None:
+    """checksums.json of these files, and of the metrics.json that will be written next."""
+    files = {name: _digest(run.path / name) for name in names}
+    if measured:
+        files["metrics.json"] = hashlib.sha256(_as_text(measured).encode()).hexdigest()
+    write_json(run.path / "checksums.json", {"config_hash": config_hash(run.config), "files": files})
+
+
+def _forget_checksums(folder: Path, names: Iterable[str]) -> None:
+    if known := read_json(folder / "checksums.json"):
+        files = {name: digest for name, digest in checksums(folder).items() if name not in names}
+        write_json(folder / "checksums.json", known | {"files": files})
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """Whether a checkpoint is whole: PyTorch writes a checksum (CRC-32) of each of its parts, and does not look at it again."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None and isinstance(torch.load(file, "cpu", weights_only=True, mmap=True), dict)
+    except MemoryError:
+        raise
+    except Exception:  # zipfile, zlib, pickle and torch raise many kinds for damaged bytes
+        return False
+
+
+def _configuration(folder: Path) -> str | None:
+    """The hash of the configuration that a folder's run is of; "unknown" if nothing that is whole says so, None for no run."""
+    if (folder / "config.json").exists():
+        return config_hash(read_config(folder / "config.json"))
+    for name in ("metrics.json", "checksums.json"):
+        if document := read_json(folder / name):
+            return document.get("config_hash", "unknown")
+    for name in CHECKPOINTS:
+        if (folder / name).exists():
+            return torch.load(folder / name, "cpu", weights_only=True, mmap=True).get("config_hash", "unknown")
+    return None
+
+
+def place(path: str | Path | None, config: dict) -> Path:
+    """The folder of a run: `path`, or by default one in results/runs/interactive/ that is named after the configuration."""
+    name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{config_hash(config)}"
+    return from_root(path) if path else results_dir() / "runs" / "interactive" / name
 
 
 class Run:
@@ -122,38 +276,19 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path | None, config: dict) -> "Run":
-        """The run of this configuration in `path`, by default in results/runs/interactive/ under a name of its own.
+        """The run of this configuration in `path`, mended, by default under a name of its own (`place`).
 
-        A run of another configuration that lies there is kept: it is renamed to NAME~HASH.
+        A run of another configuration that lies there is kept: it is renamed to NAME~HASH. Who trains holds the `lock` of
+        `place(path, config)` from before this call.
         """
-        identity = config_hash(config)
-        if not path:
-            name = f"{config['data']['dataset']}-{config['method']['name']}-seed{config['seed']}-{identity}"
-            path = results_dir() / "runs" / "interactive" / name
-        path = from_root(path)
-        if (path / "config.json").exists() and (other := config_hash(read_config(path / "config.json"))) != identity:
-            aside = path.with_name(f"{path.name}~{other}")
-            while aside.exists():  # that configuration was set aside here before
-                aside = aside.with_name(f"{aside.name}~")
-            path.rename(aside)
+        path = place(path, config)
+        mend(path)
+        if (other := _configuration(path)) not in (None, config_hash(config)):
+            set_aside(path, other)
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
             write_json(path / "config.json", config)
         return cls(path)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held while training: of two processes that want one run, the second waits. Released when its holder dies."""
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=1)
-        except filelock.Timeout:
-            print(f"waiting for another process that trains this run: {self.path.name}")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def shown_path(self) -> str:
@@ -163,7 +298,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self._packed is not None or (self.path / "metrics.json").exists()
+        return self._packed is not None or read_json(self.path / "metrics.json") is not None
 
     @property
     def file(self) -> Path:
@@ -200,7 +335,7 @@ class Run:
     def history(self) -> pd.DataFrame:
         """One row per epoch."""
         if self._packed is None:
-            return pd.read_csv(self.path / "history.csv")
+            return pd.read_csv(self._checked("history.csv"))
         table = packed_table(self.path.parent, "history")
         return table[table.run == self.path.name].drop(columns="run").dropna(axis=1, how="all").reset_index(drop=True)
 
@@ -208,7 +343,7 @@ class Run:
     def split(self) -> pd.DataFrame:
         """id and part of every image used, and its group."""
         if self._packed is None:
-            return pd.read_csv(self.path / "split.csv", dtype={"id": str})
+            return pd.read_csv(self._checked("split.csv"), dtype={"id": str})
         table = packed_table(self.path.parent, "splits")
         key = self._packed.get("split") or self.config["data"]["split"]
         return table[table.split == key].drop(columns="split").dropna(axis=1, how="all")
@@ -223,7 +358,7 @@ class Run:
         if self._packed is None:
             if not (self.path / PREDICTIONS[epoch]).exists():
                 raise FileNotFoundError(f"{self.path} holds no predictions of its {epoch} epoch")
-            table = pd.read_csv(self.path / PREDICTIONS[epoch], dtype={"id": str, "label": str})
+            table = pd.read_csv(self._checked(PREDICTIONS[epoch]), dtype={"id": str, "label": str})
             probabilities = table[list(map(str, classes))].to_numpy()
             return Predictions.of(table.id, table.label.map(list(map(str, classes)).index), probabilities)
         table, own = packed_table(self.path.parent, "predictions"), f"{self.path.name} {epoch}"
@@ -243,7 +378,14 @@ class Run:
         return (self.path / f"{name}.json").exists() if self._packed is None else name in self._packed
 
     def _document(self, name: str) -> dict:
-        return json.loads((self.path / f"{name}.json").read_text()) if self._packed is None else self._packed[name]
+        return _read_whole(self.path / f"{name}.json") if self._packed is None else self._packed[name]
+
+    def _checked(self, name: str) -> Path:
+        """A file of a finished run, once its checksum is that of what was written."""
+        file, digest = self.path / name, checksums(self.path).get(name) if self.is_finished else None
+        if digest and file.exists() and _digest(file) != digest:
+            raise ValueError(f"{file} is damaged: its checksum has changed; start the run again, which makes it anew")
+        return file
 
     def student(self, which: str = "best") -> nn.Module:
         """The trained network in eval mode, with the weights of the "best" validation epoch, of the "last" or averaged ("ema").
@@ -261,7 +403,7 @@ class Run:
             "ids": set(split.id[split.part != "test"]),
             "protocol_of_training": self.config["recipe"].get("protocol", "honest"),
         }
-        return models.load_weights(model, self.path / f"{which}.safetensors").eval()
+        return models.load_weights(model, self._checked(f"{which}.safetensors")).eval()
 
 
 def packed(folder: str | Path) -> dict[str, dict]:
@@ -289,8 +431,7 @@ def plan(folder: str | Path) -> dict:
 
     `questions_changed_after` is how many runs were finished when its questions changed, if they did.
     """
-    file = from_root(folder) / "plan.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(from_root(folder) / "plan.json") or {}
 
 
 @one_sentence
@@ -317,6 +458,8 @@ def load(folder: str | Path) -> pd.DataFrame:
         found |= {place / name for name in packed(place)}
     rows = []
     for run in (Run(path) for path in sorted(found) if "~" not in path.name):
+        if not run.is_finished:
+            continue
         config, metrics, job, where = run.config, run.metrics, run.job, run.environment
         data, method = config["data"], config["method"]
         rows.append(
@@ -368,6 +511,7 @@ def remeasure(folder: str | Path) -> int:
         FileNotFoundError: no finished run is there; published runs keep too little of most predictions to be measured again.
     """
     found = sorted(path.parent for path in from_root(folder).glob("*/metrics.json") if "~" not in path.parent.name)
+    found = [path for path in found if Run(path).is_finished]
     if not found:
         raise FileNotFoundError(f"no finished run in {folder}; give a plan's folder in results/runs")
     for run in map(Run, found):
@@ -376,6 +520,7 @@ def remeasure(folder: str | Path) -> int:
             of = run.predictions(epoch)
             scores = metrics.classification(torch.tensor(of.probabilities).float(), torch.tensor(of.labels))
             measured[epoch]["test"] = scores
+        _forget_checksums(run.path, ["metrics.json"])
         write_json(run.path / "metrics.json", measured)
     return len(found)
 

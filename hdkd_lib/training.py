@@ -77,7 +77,8 @@ def fit(
     the predictions of each are kept. An interrupted and resumed run ends with the weights of an uninterrupted one (bitwise on
     one CPU with one number of threads): each epoch draws its randomness from (seed, epoch) alone, and a checkpoint within an
     epoch keeps the generators (image files are cropped in other processes: those crops are drawn anew). On SIGTERM the run
-    keeps its state before it ends. With `recipe.protocol` "paper" the test part chooses the epoch, by accuracy.
+    keeps its state before it ends. Damaged files are set aside, and the run goes on from the best state that is whole
+    (`runs.mend`). With `recipe.protocol` "paper" the test part chooses the epoch, by accuracy.
 
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
@@ -119,12 +120,13 @@ def fit(
         "seed": seed,
         "precision": precision,
     }
-    run = Run.create(run_dir, config)
-    with run.lock():
+    with runs.lock(runs.place(run_dir, config)):
+        run = Run.create(run_dir, config)
         if run.is_finished:
+            _remove_checkpoints(run)
             print(f"already trained: {run.shown_path}")
             return run
-        if not task.is_fresh and not (resume and (run.path / "checkpoint.pt").exists()):
+        if not task.is_fresh and not (resume and any((run.path / name).exists() for name in runs.CHECKPOINTS)):
             raise ValueError("this task's student is trained already, and a new run must not start from it; create both again")
         task.to(device, memory_format=torch.channels_last)
         if is_distillation:
@@ -162,9 +164,14 @@ def train(training: Training) -> None:
     distributed.prepare(task, training.device)
     rank, processes = distributed.rank_and_count()
     if rank == 0:
-        execution = {"processes": processes, "compiled": training.compile}
-        write_json(run.path / "environment.json", runs.environment(training.device) | execution)
+        if len(history) < recipe.epochs or not (run.path / "environment.json").exists():  # else it has been trained elsewhere
+            execution = {"processes": processes, "compiled": training.compile}
+            write_json(run.path / "environment.json", runs.environment(training.device) | execution)
+        if len(history) < recipe.epochs:
+            (run.path / "checksums.json").unlink(missing_ok=True)
         _write_split(run, data, with_groups=False)
+        if history:  # whose last row is not in the table if the process was killed after the checkpoint
+            _write_history(run, history)
         _announce(training, len(history))
     lag, criterion = (1, "accuracy") if recipe.protocol == "paper" else (0, "balanced_accuracy")
     bar = tqdm(
@@ -192,8 +199,7 @@ def train(training: Training) -> None:
             scores = metrics.classification(predict(task, validation, precision=training.precision), data.val.labels)
             row |= {f"val_{name}": scores[name] for name in ("accuracy", "balanced_accuracy", "nll")} | {"seconds": seconds}
             if (scores[criterion], -scores["nll"]) > (best[criterion], -best["nll"]):
-                best = {"epoch": number, criterion: scores[criterion], "nll": scores["nll"]}
-                _save_weights(task.student, run.path / "best.safetensors")
+                best = {"epoch": number, criterion: scores[criterion], "nll": scores["nll"], "weights": _weights(task.student)}
             _save_checkpoint(training, optimizer, history, best, epoch)
             if number == first and (left := (time.perf_counter() - start) * (recipe.epochs - number - 1)) > 60:
                 print(f"about {_duration(left)} to go")
@@ -202,12 +208,13 @@ def train(training: Training) -> None:
     bar.close()
     if rank == 0:
         epochs = {"last": recipe.epochs - 1, "best": best["epoch"]}
-        _save_weights(task.student, run.path / "last.safetensors")
+        weights = {"last": _weights(task.student), "best": best["weights"]}
         if recipe.ema:
-            epochs["ema"] = epochs["last"]
-            _save_weights(task.get_eval_model(ema=True), run.path / "ema.safetensors")
+            epochs["ema"], weights["ema"] = epochs["last"], _weights(task.get_eval_model(ema=True))
+        for which, values in weights.items():
+            write_atomically(run.path / f"{which}.safetensors", partial(save_file, values, metadata={"format": "pt"}))
         _finish(training, epochs, history)
-        (run.path / "checkpoint.pt").unlink()
+        _remove_checkpoints(run)
         seconds = sum(row["seconds"] for row in history)
         print(
             f"trained {recipe.epochs} epochs in {_duration(seconds)}; validation chose epoch {best['epoch']}: {run.shown_path}"
@@ -395,31 +402,77 @@ def make_optimizer(task: Method, recipe: Recipe) -> tuple[torch.optim.Optimizer,
 
 
 def _restore(training: Training, optimizer: torch.optim.Optimizer) -> tuple[list[dict], dict, Epoch]:
-    """The history so far, the best epoch and what the next one has come to, with networks and optimiser as the checkpoint has
-    them, if there is one."""
-    checkpoint, task = training.run.path / "checkpoint.pt", training.task
-    if not (training.resume and checkpoint.exists()):
-        return [], {"accuracy": -1.0, "balanced_accuracy": -1.0, "nll": math.inf}, Epoch()
+    """The history so far, the best epoch with its weights, and what the next one has come to.
+
+    Networks and optimiser are then as the last whole checkpoint has them, or, where a finished run lost other files, as it
+    ended.
+    """
+    folder, task = training.run.path, training.task
+    if not training.resume:
+        return [], dict(NO_EPOCH), Epoch()
+    checkpoint = next((folder / name for name in runs.CHECKPOINTS if (folder / name).exists()), None)
+    if checkpoint is None:
+        return _ended(training) or ([], dict(NO_EPOCH), Epoch())
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # the generators' states are for the CPU
     task.load_checkpoint_state(state["state_dict"], state["task_state"])
     if task.has_ema():
         task.load_checkpoint_state(state["state_dict_ema"], state["task_state_ema"], ema=True)
     optimizer.load_state_dict(state["optimizer"])
-    epoch = Epoch(**state["epoch"])
+    epoch, best = Epoch(**state["epoch"]), state["best"]
     epoch.sums = None if epoch.sums is None else epoch.sums.to(training.device)
-    return state["history"], state["best"], epoch
+    if "epoch" in best and "weights" not in best:  # older checkpoints kept them in the folder
+        best["weights"] = load_file(folder / "best.safetensors")
+    return state["history"], best, epoch
+
+
+NO_EPOCH = {"accuracy": -1.0, "balanced_accuracy": -1.0, "nll": math.inf}
+
+
+def _ended(training: Training) -> tuple[list[dict], dict, Epoch] | None:
+    """What `_restore` gives of a run that is trained and only has to be measured again, from its weights and history."""
+    run, task = training.run, training.task
+    names = ["last", "best"] + ["ema"] * bool(training.recipe.ema)
+    needed = ["history.csv", *(f"{name}.safetensors" for name in names)]
+    known = runs.checksums(run.path)  # `mend` has looked at them
+    if not all(name in known and (run.path / name).exists() for name in needed):
+        return None
+    weights = {name: load_file(run.path / f"{name}.safetensors") for name in names}
+    task.student.load_state_dict(weights["last"])
+    if training.recipe.ema:
+        unwrap_model(task.get_eval_model(ema=True)).load_state_dict(weights["ema"])
+    table = pd.read_csv(run.path / "history.csv", dtype=str).astype(float)  # as Python reads numbers: to the last bit
+    history = table.astype({"epoch": int}).to_dict("records")
+    criterion = "accuracy" if training.recipe.protocol == "paper" else "balanced_accuracy"
+    best = max(history, key=lambda row: (row[f"val_{criterion}"], -row["val_nll"]))
+    return history, {"epoch": best["epoch"], "weights": weights["best"]}, Epoch()
 
 
 def _save_checkpoint(
     training: Training, optimizer: torch.optim.Optimizer, history: list[dict], best: dict, epoch: Epoch
 ) -> None:
     """All that is needed to go on, after the epochs of the history and the steps of the one after them."""
-    task, folder = training.task, training.run.path
+    task, (checkpoint, before) = training.task, (training.run.path / name for name in runs.CHECKPOINTS)
     state = task.get_checkpoint_state() | (task.get_checkpoint_state(ema=True) if task.has_ema() else {})
     state |= {"optimizer": optimizer.state_dict(), "history": history, "best": best}
     state["epoch"] = vars(epoch) | {"generators": _generators(training.device) if epoch.steps else None}
-    write_atomically(folder / "checkpoint.pt", lambda aside: torch.save(state, aside))
-    write_atomically(folder / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
+    state["config_hash"] = runs.config_hash(training.run.config)
+
+    def write(aside: Path) -> None:
+        torch.save(state, aside)
+        if checkpoint.exists():
+            checkpoint.replace(before)
+
+    write_atomically(checkpoint, write)
+    _write_history(training.run, history)
+
+
+def _remove_checkpoints(run: Run) -> None:
+    for name in runs.CHECKPOINTS:
+        (run.path / name).unlink(missing_ok=True)
+
+
+def _write_history(run: Run, history: list[dict]) -> None:
+    write_atomically(run.path / "history.csv", lambda aside: pd.DataFrame(history).to_csv(aside, index=False))
 
 
 def _generators(device: torch.device) -> dict:
@@ -439,9 +492,9 @@ def _set_generators(states: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _save_weights(network: nn.Module, path: Path) -> None:
-    weights = {name: value.contiguous() for name, value in unwrap_model(network).state_dict().items()}
-    write_atomically(path, lambda aside: save_file(weights, aside, metadata={"format": "pt"}))
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights, as they are written."""
+    return {name: value.to("cpu", copy=True).contiguous() for name, value in unwrap_model(network).state_dict().items()}
 
 
 def _announce(training: Training, done: int) -> None:
@@ -469,6 +522,8 @@ def _write_split(run: Run, data: Data, with_groups: bool) -> None:
 def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> None:
     """The one use of the test part."""
     task, data, run = training.task, training.data, training.run
+    trained = ["config.json", "environment.json", "history.csv", *(f"{which}.safetensors" for which in epochs)]
+    runs.write_checksums(run, trained)
     _write_split(run, data, with_groups=True)
     measured = {}
     for which, epoch in epochs.items():
@@ -488,15 +543,14 @@ def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> 
             fitted = predict(task, data.train, precision=training.precision).argmax(1) == data.train.labels
             measured[which]["train"] = {"accuracy": round(fitted.float().mean().item(), 6)}
     seconds = sum(row["seconds"] for row in history)
-    write_json(
-        run.path / "metrics.json",
-        {
-            "config_hash": runs.config_hash(run.config),
-            **measured,
-            "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
-            "parameters": sum(p.numel() for p in task.student.parameters()),
-            "seconds": round(seconds, 1),
-            **{key: data.card[key] for key in ("synthesis_seconds",) if key in data.card},
-            "images_per_second": round(len(data.train) * training.recipe.epochs / seconds, 1),
-        },
-    )
+    measured = {
+        "config_hash": runs.config_hash(run.config),
+        **measured,
+        "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
+        "parameters": sum(p.numel() for p in task.student.parameters()),
+        "seconds": round(seconds, 1),
+        **{key: data.card[key] for key in ("synthesis_seconds",) if key in data.card},
+        "images_per_second": round(len(data.train) * training.recipe.epochs / seconds, 1),
+    }
+    runs.write_checksums(run, [*trained, "split.csv", *(runs.PREDICTIONS[which] for which in epochs)], measured)
+    write_json(run.path / "metrics.json", measured)

@@ -199,7 +199,7 @@ def test_running_trains_the_teacher_first_and_once(untrained, tmp_path, capsys, 
     run = taught.run(tmp_path / "run", **FORCED)
     said = [line.split(" (")[0] for line in capsys.readouterr().out.splitlines() if " trains " in line]
     assert said == ["Supervised trains hdkd_teacher_nano", f"DeiT trains {NETWORK}"]
-    [folder] = (tmp_path / "results" / "runs" / "interactive").iterdir()
+    [folder] = (tmp_path / "results" / "runs" / "interactive").glob("digits-*")
     teaching = Run(folder)
     assert teaching.is_finished
     assert teaching.config["seed"] == 7

@@ -73,10 +73,10 @@ def test_changing_a_configuration_back_and_forth_loses_no_run(tmp_path):
 
 
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
-    run = Run.create(tmp_path, CONFIG)
-    with run.lock(), pytest.raises(filelock.Timeout):
-        filelock.FileLock(tmp_path / ".lock", timeout=0).acquire()
-    with run.lock():
+    run = Run.create(tmp_path / "run", CONFIG)
+    with runs.lock(run.path), pytest.raises(filelock.Timeout), runs.lock(run.path, wait=False):
+        pass
+    with runs.lock(run.path, wait=False):
         pass
 
 
@@ -89,6 +89,64 @@ def test_what_is_no_run_or_not_finished_is_said(tmp_path):
         _ = run.metrics
     with pytest.raises(FileNotFoundError, match=r"no finished run in .*; run a plan first"):
         runs.load(tmp_path)
+
+
+READ = {
+    "best.safetensors": lambda run: run.student("best"),
+    "predictions_last.csv": lambda run: run.predictions("last"),
+    "history.csv": lambda run: run.history,
+    "split.csv": lambda run: run.split,
+    "config.json": lambda run: run.config,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_damaged_file_is_not_read_but_said(name, finished_run, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    READ[name](Run(tmp_path / "run"))
+    file = tmp_path / "run" / name
+    content = bytearray(file.read_bytes())
+    if name == "config.json":
+        content = content[:-9]
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*; start the run again, which makes it anew"):
+        READ[name](Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", ["", '{"last": {"epo', "[1]", "\xff"])
+def test_a_run_with_broken_metrics_is_not_finished(content, copied, tmp_path):
+    copied("hdkd-seed0")
+    copied("hdkd-seed1", seed=1)
+    (tmp_path / "runs" / "hdkd-seed1" / "metrics.json").write_bytes(content.encode("latin-1"))
+    broken = Run(tmp_path / "runs" / "hdkd-seed1")
+    assert not broken.is_finished
+    with pytest.raises(FileNotFoundError, match="is not finished: start it again"):
+        _ = broken.metrics
+    assert runs.load(tmp_path / "runs").seed.tolist() == [0]
+    assert runs.remeasure(tmp_path / "runs") == 1
+    (tmp_path / "runs" / "plan.json").write_bytes(content.encode("latin-1"))
+    assert runs.plan(tmp_path / "runs") == {}
+
+
+def test_metrics_that_were_measured_again_are_whole(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run.path, tmp_path / "runs" / "run")
+    runs.remeasure(tmp_path / "runs")
+    runs.mend(tmp_path / "runs" / "run")
+    assert capsys.readouterr().out == ""
+    assert Run(tmp_path / "runs" / "run").is_finished
+
+
+def test_weights_that_nobody_needs_are_not_looked_at_and_may_be_removed(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    (tmp_path / "run" / "best.safetensors").unlink()
+    (tmp_path / "run" / "last.safetensors").write_bytes(b"damaged")
+    runs.mend(tmp_path / "run", weights=False)
+    assert capsys.readouterr().out == ""
+    assert Run(tmp_path / "run").is_finished
+    runs.mend(tmp_path / "run")
+    assert capsys.readouterr().out.endswith("last.safetensors~damaged and will be made anew\n")
+    assert not Run(tmp_path / "run").is_finished
 
 
 @pytest.mark.parametrize("which", ["best", "last"])

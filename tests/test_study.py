@@ -162,7 +162,7 @@ def timed(plan, tmp_path, monkeypatch):
 
 def test_a_dry_run_adds_up_the_time_of_what_is_not_finished(timed, tmp_path, capsys):
     (tmp_path / "teacher-seed1").mkdir()
-    (tmp_path / "teacher-seed1" / "metrics.json").touch()
+    (tmp_path / "teacher-seed1" / "metrics.json").write_text("{}")
     requests = []
     timed(lambda own, teacher: requests.append((own, teacher)) or (3600 if teacher is None else 600 * (1 + own["seed"])))
     assert capsys.readouterr().out.split("\n")[1:] == [
@@ -251,20 +251,24 @@ def test_a_failed_run_keeps_its_notebook_the_others_go_on_and_the_next_start_run
 
 
 @pytest.mark.slow
-def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(fake):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_workflow_leaves_no_process_behind_and_can_be_started_again(number, fake):
     notebook = nbformat.read(fake / "notebooks" / "02_teacher.ipynb", 4)
     source = notebook.cells[1].source
-    note_pid = f"import os, pathlib, time\npathlib.Path({str(fake / 'PID')!r}).write_text(str(os.getpid()))\n"
-    notebook.cells[1].source = note_pid + "time.sleep(600)"
+    note = "import os, pathlib, signal, time\n"  # the kernel notes its number, and when it is asked to end
+    note += f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(fake / 'ASKED')!r}).touch())\n"
+    note += f"pathlib.Path({str(fake / 'PID')!r}).write_text(str(os.getpid()))\n"
+    notebook.cells[1].source = note + "for _ in range(600): time.sleep(1)"
     nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
     (fake / "FIXED").touch()
     command = [sys.executable, "study.py", "run", "fake", "--cores", "2"]
     started = subprocess.Popen(command, cwd=fake, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _wait(lambda: (fake / "PID").exists() and (fake / "PID").read_text(), 60)
-    os.kill(started.pid, signal.SIGKILL)
+    _wait(lambda: (fake / "PID").exists() and (fake / "PID").read_text(), 300)
+    kernel, sent = int((fake / "PID").read_text()), time.monotonic()
+    os.kill(started.pid, number)
     started.wait()
-    kernel = int((fake / "PID").read_text())
-    _wait(lambda: not _is_running(kernel), 20)
+    _wait(lambda: not _is_running(kernel), 10 - (time.monotonic() - sent))
+    assert (fake / "ASKED").exists(), "it could have kept its state"
 
     notebook.cells[1].source = source
     nbformat.write(notebook, fake / "notebooks" / "02_teacher.ipynb")
@@ -318,7 +322,7 @@ def test_a_cluster_loads_each_data_set_once_and_estimates_what_is_missing(plan, 
     monkeypatch.setattr("hdkd_lib.estimate.seconds", lambda own, teacher: own["recipe"]["epochs"])
     (tmp_path / "jobs.json").write_text(json.dumps(study.expand(plan(content))))
     (tmp_path / "teacher-seed0").mkdir()
-    (tmp_path / "teacher-seed0" / "metrics.json").touch()
+    (tmp_path / "teacher-seed0" / "metrics.json").write_text("{}")
     study.prepare(tmp_path / "jobs.json")
     prepared = json.loads((tmp_path / "prepared.json").read_text())
     assert loaded == [("digits", 16), ("digits", 32)]
@@ -533,6 +537,68 @@ def test_students_of_a_changed_teacher_are_set_aside_with_it(plan, tmp_path):
     study._set_aside_changed(folder / "jobs.json", after)
     aside = {path.name.split("-")[0] for path in folder.glob("*~1")}
     assert aside == {"teacher", "hdkd", "logits"}
+
+
+@pytest.mark.parametrize("content", ["", '{"jobs": {"teach'])
+def test_damaged_files_of_a_plan_are_set_aside_and_made_anew(content, plan, tmp_path, capsys):
+    expanded = study.expand(plan(ARMS))
+    for name in ("jobs.json", "plan.json", "prepared.json"):
+        (tmp_path / name).write_text(content)
+    finished(tmp_path, "teacher-draw0-seed0", "student-draw0-seed0", "again-draw0-seed0")
+    (tmp_path / "student-draw0-seed0" / "metrics.json").write_text(content)
+    (tmp_path / "again-draw0-seed0" / "job.json").write_text(content)
+    (tmp_path / ".jobs.json.4711").write_text("half")
+    study._mend(tmp_path, expanded)
+    said = capsys.readouterr().out
+    for name in ("jobs", "plan", "prepared", "student-draw0-seed0/metrics", "again-draw0-seed0/job"):
+        assert not (tmp_path / f"{name}.json").exists()
+        assert (tmp_path / f"{name}.json~damaged").read_text() == content
+        assert f"{tmp_path / name}.json is damaged: it was renamed to" in said
+    assert not list(tmp_path.glob(".*json*"))
+    study._set_aside_changed(tmp_path / "jobs.json", expanded)
+    (tmp_path / "teacher-draw0-seed0" / "last.safetensors").touch()  # students need it
+    study._take_published(expanded, tmp_path)
+    study._note_changed_questions(expanded, tmp_path)
+    assert runs.plan(tmp_path)["name"] == "tiny"
+    assert {file.parent.name for file in tmp_path.glob("*/metrics.json")} == {"teacher-draw0-seed0", "again-draw0-seed0"}
+    assert json.loads((tmp_path / "again-draw0-seed0" / "job.json").read_text())["arm"] == "again"
+
+
+def test_without_jobs_json_changed_runs_are_known_by_their_own(plan, tmp_path):
+    before = study.expand(plan(ARMS))
+    finished(tmp_path, "teacher-draw0-seed0", "student-draw0-seed0", "again-draw0-seed0")
+    for name in ("teacher-draw0-seed0", "student-draw0-seed0", "again-draw0-seed0"):
+        study._write_job(tmp_path / name, "tiny", before["jobs"][name])
+    changed = study.expand(plan(ARMS.replace("seed: 100", "seed: 200")))
+    study._set_aside_changed(tmp_path / "jobs.json", changed)
+    assert {path.name for path in tmp_path.glob("*~1")} == {"again-draw0-seed0~1"}
+
+
+def test_a_teacher_whose_weights_are_damaged_is_trained_again_if_a_student_needs_it(plan, finished_run, tmp_path, capsys):
+    expanded = study.expand(plan(ARMS))
+    names = [f"{arm}-draw0-seed0" for arm in ("teacher", "student", "hdkd", "logits")]
+    for name in names:
+        shutil.copytree(finished_run.path, tmp_path / name)
+    (tmp_path / "teacher-draw0-seed0" / "last.safetensors").write_bytes(b"damaged")
+    study._mend(tmp_path, expanded)
+    study._take_published(expanded, tmp_path)
+    assert capsys.readouterr().out == "", "all its students are there"
+    (tmp_path / "logits-draw0-seed0" / "metrics.json").unlink()
+    study._mend(tmp_path, expanded)
+    study._take_published(expanded, tmp_path)
+    assert "teacher-draw0-seed0/last.safetensors is damaged: it was renamed" in capsys.readouterr().out
+    assert {file.parent.name for file in tmp_path.glob("*/metrics.json")} == {"student-draw0-seed0", "hdkd-draw0-seed0"}
+
+
+def test_a_run_in_which_another_process_trains_is_left_to_it(plan, tmp_path):
+    expanded = study.expand(plan(TINY))
+    finished(tmp_path, "teacher-seed0")
+    (tmp_path / "teacher-seed0" / "job.json").write_text("")
+    with runs.lock(tmp_path / "teacher-seed0"):
+        study._mend(tmp_path, expanded)
+        assert (tmp_path / "teacher-seed0" / "job.json").exists()
+    study._mend(tmp_path, expanded)
+    assert not (tmp_path / "teacher-seed0" / "job.json").exists()
 
 
 def finished(folder: Path, *names: str) -> None:

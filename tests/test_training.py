@@ -5,8 +5,10 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import study
@@ -177,6 +179,181 @@ def test_another_teacher_is_another_configuration(build, make_task, digits, reci
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["method"].pop("teacher_weights") != finished_run.config["method"].pop("teacher_weights")
     assert config == finished_run.config
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def interrupted(make_task, digits, recipe, tmp_path_factory):
+    """A run that was interrupted in its third epoch, with checkpoints after the second and within the third."""
+    path = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(make_task(), 18, KeyboardInterrupt()), digits, recipe, path, **ON_CPU, checkpoint_seconds=0.0)
+    return path
+
+
+def flip(file: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def assert_same_end(run: runs.Run, whole: runs.Run) -> None:
+    for name in ("last.safetensors", "best.safetensors", "predictions.csv", "predictions_last.csv", "split.csv", "config.json"):
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    pd.testing.assert_frame_equal(run.history.drop(columns="seconds"), whole.history.drop(columns="seconds"), check_exact=True)
+    assert all(run.metrics[key] == whole.metrics[key] for key in ("best", "last", "images", "config_hash"))
+    assert not [file for file in run.path.iterdir() if file.name.startswith(("checkpoint.pt", ".")) and "~" not in file.name]
+
+
+@pytest.mark.parametrize("how", [flip, cut, empty])
+@pytest.mark.parametrize(
+    ("damaged", "steps"),
+    [
+        (["checkpoint.pt"], 7),
+        (["checkpoint_before.pt"], 6),
+        (["checkpoint.pt", "checkpoint_before.pt"], 24),
+        (["config.json"], 6),
+    ],
+)
+def test_an_interrupted_run_goes_on_from_the_last_checkpoint_that_is_whole(
+    damaged, steps, how, interrupted, finished_run, make_task, digits, recipe, tmp_path, capsys
+):
+    shutil.copytree(interrupted, tmp_path / "run")
+    for name in damaged:
+        (cut if name == "config.json" else how)(tmp_path / "run" / name)  # a changed letter may make it another configuration
+    seen = watched(task := make_task())
+    run = fit(task, digits, recipe, tmp_path / "run", **ON_CPU)
+    said = capsys.readouterr().out
+    for name in damaged:
+        assert f"{run.path / name} is damaged: it was renamed to {name}~damaged and will be made anew" in said
+        assert (run.path / f"{name}~damaged").exists()
+    assert len(seen) == steps
+    assert_same_end(run, finished_run)
+
+
+def test_a_checkpoint_of_another_configuration_is_not_continued(interrupted, make_task, digits, recipe, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "run")
+    cut(tmp_path / "run" / "config.json")
+    seen = watched(task := make_task())
+    run = fit(task, digits, replace(recipe, epochs=1), tmp_path / "run", **ON_CPU)
+    assert len(seen) == 8
+    assert len(run.history) == 1
+    [aside] = tmp_path.glob("run~*")
+    assert (aside / "checkpoint.pt").exists()
+
+
+TABLES = ["metrics.json", "predictions.csv", "predictions_last.csv", "split.csv", "config.json", "environment.json"]
+
+
+@pytest.mark.parametrize("how", [flip, cut, empty, Path.unlink])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_finished_run_that_lost_a_table_is_measured_again_and_not_trained(
+    name, how, finished_run, make_task, digits, recipe, tmp_path, capsys
+):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    how(tmp_path / "run" / name)
+    run = fit(failing_after(make_task(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert_same_end(run, finished_run)
+    said = capsys.readouterr().out
+    assert how is Path.unlink or f"{name} is damaged: it was renamed to {name}~damaged" in said
+    fit(failing_after(make_task(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert capsys.readouterr().out == f"already trained: {run.path}\n"
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "history.csv"])
+def test_a_finished_run_whose_weights_are_damaged_is_trained_again(
+    name, finished_run, make_task, digits, recipe, tmp_path, capsys
+):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    flip(tmp_path / "run" / name)
+    with pytest.raises(KeyboardInterrupt):  # what is left of its first training confuses nobody
+        fit(failing_after(make_task(), 10, KeyboardInterrupt()), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert f"{name} is damaged: it was renamed to {name}~damaged" in capsys.readouterr().out
+    run = fit(make_task(), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert "damaged" not in capsys.readouterr().out
+    assert_same_end(run, finished_run)
+
+
+def test_the_moving_average_comes_back_too(alone, digits, tmp_path):
+    recipe = replace(SHORT, ema=0.8)
+    whole = fit(alone(), digits, recipe, tmp_path / "run", **ON_CPU)
+    expected = {name: (whole.path / name).read_bytes() for name in ("ema.safetensors", "predictions_ema.csv")}
+    empty(whole.path / "predictions_ema.csv")
+    run = fit(failing_after(alone(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert {name: (run.path / name).read_bytes() for name in expected} == expected
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_table_loses_no_row(
+    make_task, digits, recipe, finished_run, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(make_task(), digits, recipe, tmp_path / "run", **ON_CPU)
+    table = tmp_path / "run" / "history.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    run = fit(failing_after(make_task(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert_same_end(run, finished_run)
+
+
+def test_what_killed_processes_had_begun_to_write_goes(alone, digits, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(failing_after(alone(), 3, KeyboardInterrupt()), digits, SHORT, tmp_path / "run", **ON_CPU)
+    for name in (".checkpoint.pt.4711", ".history.csv.4712"):
+        (tmp_path / "run" / name).write_text("half")
+    run = fit(alone(), digits, SHORT, tmp_path / "run", **ON_CPU)
+    assert not list(run.path.glob(".*"))
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_continued(
+    interrupted, finished_run, make_task, digits, recipe, tmp_path
+):
+    """It had the best epoch's weights beside it, and said of which configuration it is by its place alone."""
+    shutil.copytree(interrupted, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    save_file(state["best"].pop("weights"), tmp_path / "run" / "best.safetensors", metadata={"format": "pt"})
+    del state["config_hash"]
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "run" / "checkpoint_before.pt").unlink()
+    seen = watched(task := make_task())
+    assert_same_end(fit(task, digits, recipe, tmp_path / "run", **ON_CPU), finished_run)
+    assert len(seen) == 6
+
+
+def test_a_finished_run_of_before_there_were_checksums_stays_finished(finished_run, make_task, digits, recipe, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    (tmp_path / "run" / "checksums.json").unlink()
+    run = fit(failing_after(make_task(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert run.student("last").is_trained
+    assert len(run.predictions().ids) == 60
+
+
+def test_a_folder_in_which_another_process_trains_is_not_set_aside(alone, digits, tmp_path, capsys):
+    short = replace(SHORT, epochs=1)
+    first = fit(alone(), digits, short, tmp_path / "run", **ON_CPU)
+    with ThreadPoolExecutor(1) as pool:
+        with runs.lock(first.path):  # as a process that trains there
+            second = pool.submit(fit, alone(), digits, replace(short, lr=1e-2), tmp_path / "run", **ON_CPU)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=3)
+            assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["run"]
+            assert "waiting for another process that trains in this folder: run" in capsys.readouterr().out
+        assert second.result(timeout=60).config["recipe"]["lr"] == 1e-2
+    assert len(list(tmp_path.glob("run~*"))) == 1
 
 
 # What is said

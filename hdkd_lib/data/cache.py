@@ -3,19 +3,32 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from hdkd_lib.data.files import built_aside, cache_dir
+from hdkd_lib.data.files import DAMAGE, building_prefix, built_aside, cache_dir, remove_abandoned
 from hdkd_lib.data.sources import Source
 
 _VERSION = 2  # raise when decoding, resizing or a signature changes
 _CHUNK = 256  # images in memory at a time while a cache is built
+_CHECKED = 2**30  # bytes of images whose checksum is compared at each reading, about a second; of more only the size
+_UNREADABLE = (
+    *DAMAGE,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OSError,
+)  # of damaged JSON or arrays
 
 
 @dataclass(frozen=True)
@@ -58,22 +71,53 @@ def decode(source: Source, image_size: int, *, on_corrupt: str = "raise") -> tup
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f"on_corrupt must be 'raise' or 'skip' (got {on_corrupt!r})")
     folder = cache_dir() / f"{source.name}-{image_size}-{_content(source)}"
-    if not folder.exists():
+    for place in (cache_dir(), folder):
+        remove_abandoned(place)
+    if (stored := _read(folder, image_size)) is None:
         needed = len(source.ids) * 3 * image_size**2 / 2**20
         with built_aside(folder, f"write the image cache, which needs {needed:.0f} MiB,") as aside:
             broken = _build(source, image_size, aside)
             if broken and on_corrupt == "raise":
                 raise _corrupt(source, broken)
-    broken = {int(i): reason for i, reason in json.loads((folder / "broken.json").read_text()).items()}
+        stored = _read(folder, image_size)
+    broken, images, signatures = stored
     if broken and on_corrupt == "raise":
         raise _corrupt(source, broken)
     if broken:
         source = source.take(np.setdiff1d(np.arange(len(source.ids)), list(broken)))
         source = replace(source, card=source.card | {"corrupt_files": len(broken)})
-    with np.load(folder / "signatures.npz") as stored:
-        signatures = Signatures(**stored, folder=folder)
-    shape = (len(signatures), 3, image_size, image_size)
-    return source, np.memmap(folder / "images.uint8", np.uint8, "c", shape=shape), signatures
+    return source, images, signatures
+
+
+def _read(folder: Path, image_size: int) -> tuple[dict[int, str], np.ndarray, Signatures] | None:
+    """What the cache holds: the images that cannot be decoded, the others, and their signatures. None if it is not there; a
+    damaged one is removed."""
+    if not folder.exists():
+        return None
+    try:
+        broken = {int(i): reason for i, reason in json.loads((folder / "broken.json").read_text()).items()}
+        with np.load(folder / "signatures.npz") as stored:  # a zip, which has checksums of its own
+            signatures = Signatures(**stored, folder=folder)
+        file, shape = folder / "images.uint8", (len(signatures), 3, image_size, image_size)
+        if (size := file.stat().st_size) != np.prod(shape):
+            raise ValueError(f"{file.name} has {size} bytes and should have {np.prod(shape)}")
+        checksum = folder / "images.crc32"  # older caches have none
+        if size <= _CHECKED and checksum.exists() and checksum.read_text() != _checksum(file):
+            raise ValueError(f"the checksum of {file.name} has changed")
+        return broken, np.memmap(file, np.uint8, "c", shape=shape), signatures
+    except _UNREADABLE as error:
+        print(f"the image cache {folder} is damaged ({error}); it is built anew")
+        with suppress(FileNotFoundError):  # another process removes it, too
+            shutil.rmtree(folder.rename(tempfile.mkdtemp(dir=folder.parent, prefix=building_prefix())))
+        return None
+
+
+def _checksum(file: Path) -> str:
+    total = 0
+    with file.open("rb") as opened:
+        while block := opened.read(2**22):
+            total = zlib.crc32(block, total)
+    return str(total)
 
 
 def remembered(folder: Path | None, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -85,18 +129,21 @@ def remembered(folder: Path | None, name: str, compute: Callable[[], dict[str, n
     if folder is None:
         return compute()
     file = folder / f"{name}.npz"
-    if not file.exists():
-        arrays = compute()
-        aside = file.with_name(f".{name}.{os.getpid()}.npz")
+    if file.exists():
         try:
-            np.savez(aside, **arrays)
-            aside.replace(file)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise OSError(f"cannot write {file}: {error}; free some space or set HDKD_CACHE to another disk") from error
-        return arrays
-    with np.load(file) as stored:
-        return dict(stored)
+            with np.load(file) as stored:
+                return dict(stored)
+        except _UNREADABLE as error:
+            print(f"{file} is damaged ({error}); it is computed anew")
+    arrays = compute()
+    aside = folder / f"{building_prefix()}{name}.npz"
+    try:
+        np.savez(aside, **arrays)
+        aside.replace(file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {file}: {error}; free some space or set HDKD_CACHE to another disk") from error
+    return arrays
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -186,6 +233,7 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
                     signatures.append(answer[1:])
         file.flush()
         os.fsync(file.fileno())
+    (folder / "images.crc32").write_text(_checksum(folder / "images.uint8"))
     if not signatures:
         raise _corrupt(source, broken)
     if 255 < brightest.max() < 2**12:

@@ -4,13 +4,16 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import shutil
+import socket
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
@@ -67,7 +70,8 @@ def built_aside(folder: Path, what: str) -> Iterator[Path]:
         OSError: the disk is full; nothing is left.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    remove_abandoned(folder.parent)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=building_prefix()))
     try:
         yield aside
         try:
@@ -81,6 +85,34 @@ def built_aside(folder: Path, what: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def building_prefix() -> str:
+    """How the name of what this process builds begins, so that others know whose it is."""
+    return f".building-{socket.gethostname()}-{os.getpid()}-"
+
+
+def remove_abandoned(folder: Path, age: float = 7 * 24 * 3600) -> None:
+    """Removes what killed processes left half-built in a folder: processes of this machine, and of others if it is `age`
+    seconds old."""
+    for path in folder.glob(".building-*"):
+        with suppress(OSError):  # another process removes it, too, or it is another user's
+            owner = re.fullmatch(rf"\.building-{re.escape(socket.gethostname())}-(\d+)-.*", path.name)
+            is_left = not _is_running(int(owner[1])) if owner else time.time() - path.stat().st_mtime > age
+            if is_left and path.is_dir():
+                shutil.rmtree(path)
+            elif is_left:
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def is_archive(path: Path) -> bool:
