@@ -12,9 +12,9 @@ they are much closer than unrelated images of the same set. The rule is OUR CHOI
    references.
 3. *Alignment.* Scale and shift in each direction, gain and offset are fitted on 32x32 thumbnails (Gauss-Newton; Baker and
    Matthews 2004). The distance is sqrt(1 - correlation) where the two images overlap.
-4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most 1/3, and at most 1e-4 unrelated images
+4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most 1/3, and at most 1e-3 unrelated images
    are expected within it by chance (a contrario; Desolneux, Moisan and Morel 2000). Their number grows with the size of the set
-   and with ratio^(d - 4), where d is the dimension of the set (Levina and Bickel 2004) and 4 that of the alignment.
+   and with ratio^d, where d is the dimension of the set, from how fast neighbours are found (as in Levina and Bickel 2004).
 
 Photographs have many dimensions and are joined up to a third of the usual distance; handwritten digits, which are all alike,
 only if they are nearly equal. Precision and recall on generated copies in every set at hand, and on the published list of
@@ -43,11 +43,12 @@ from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE
 
 LARGEST_RATIO = 1 / 3  # of a pair's distance to that of unrelated images
-FALSE_ALARMS = 1e-4  # unrelated images that may be expected as near as a duplicate
+FALSE_ALARMS = 1e-3  # unrelated images that may be expected as near as a duplicate
 CHAIN = 0.1  # a chain of near duplicates with more of a class is not joined (OUR CHOICE), if it is of more than ten images
 
 _FREQUENCIES = 6  # in each direction, the constant one left out
 _RANK = 10  # the neighbour in the sample that gives the reference
+_FAR = 32  # the neighbour by which, with the one of half its rank, the dimension is measured
 _LISTS = 5  # nearest images of the sample by which candidates are found
 _GATE = 0.8  # of the reference, before alignment
 _KEPT = 8  # nearest candidates of each image
@@ -113,7 +114,8 @@ def _views(thumbnails: np.ndarray) -> Tensor:
         block = thumbnails[start : start + _BLOCK].astype(np.float32)
         low[start : start + _BLOCK] = dctn(block, axes=(1, 2), norm="ortho")[:, :_FREQUENCIES, :_FREQUENCIES]
     low[:, 0, 0] = 0
-    low /= np.sqrt((low**2).sum((1, 2), keepdims=True)) + 32 * _FLAT
+    length = np.sqrt((low**2).sum((1, 2), keepdims=True))
+    low *= (length > 32 * _FLAT) / np.maximum(length, 1)  # nothing is like a flat image
     sign = (-1) ** np.arange(_FREQUENCIES, dtype=np.float32)  # of a mirrored cosine
     turned = [low * y * x for low in (low, low.transpose(0, 2, 1)) for y in (1, sign[:, None]) for x in (1, sign)]
     return torch.from_numpy(np.stack(turned).reshape(8, len(low), -1)[:, :, 1:])
@@ -135,17 +137,15 @@ def _references(views: Tensor) -> tuple[Tensor, Tensor, Callable[[np.ndarray], n
         lists.append(likeness.topk(min(_LISTS, size), dim=2).indices.int())
         own = torch.arange(min(start, size), min(start + _BLOCK, size))
         likeness[own - start, :, own] = -1
-        nearest.append(likeness.amax(1).topk(min(_RANK + 1, size), dim=1).values[:, :_RANK])
+        nearest.append(likeness.amax(1).topk(min(_FAR, size - 1), dim=1).values)
     distance = (2 - 2 * torch.cat(nearest)).clamp(min=1e-6).sqrt()
-    if size <= _RANK:
-        return (
-            torch.cat(lists),
-            torch.full((count,), 2**0.5),
-            np.zeros_like,
-        )  # too few to know: unrelated images are uncorrelated
-    # Levina and Bickel's estimate, without the nearest two, which may be duplicates.
-    dimension = 1 / max(float((distance[:, -1:] / distance[:, 2:-1]).log().mean(1).median()), 1e-3)
-    return torch.cat(lists), distance[:, -1], lambda ratio: count / size * _RANK * ratio ** max(dimension - 4, 1)
+    if size <= _RANK:  # too few to know: unrelated images are taken for uncorrelated
+        return torch.cat(lists), torch.full((count,), 2**0.5), np.zeros_like
+    if size <= _FAR:
+        return torch.cat(lists), distance[:, _RANK - 1], np.zeros_like
+    # Twice the neighbours are 2^(1/d) times as far; the nearest, which may be duplicates, do not count.
+    dimension = np.log(2) / max(float((distance[:, -1] / distance[:, _FAR // 2 - 1]).log().median()), 1e-2)
+    return torch.cat(lists), distance[:, _RANK - 1], lambda ratio: count / size * _RANK * ratio**dimension
 
 
 def _candidates(views: Tensor, lists: Tensor, reference: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _distance(moving: Tensor, fixed: Tensor) -> Tensor:
     inside = inside.flatten(1)
     both = (both - (both * inside).sum(2, keepdim=True) / inside.sum(1, keepdim=True)) * inside
     norms = both.norm(dim=2)
-    correlation = both.prod(0).sum(1) / (norms.prod(0) + inside.sum(1) * _FLAT**2)
+    correlation = both.prod(0).sum(1) / norms.prod(0).clamp(min=1)
     return (1 - correlation).clamp(min=0).sqrt()
 
 
