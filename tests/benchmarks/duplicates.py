@@ -32,6 +32,7 @@ from hdkd_lib.data.sources import Source, open_source
 
 RESULTS = Path(__file__).parents[2] / "results" / "audits"
 EACH = 100  # copies of one kind
+SIZES = 25_000, 50_000, 100_000, 200_000
 
 
 def cropped(image: Image.Image, share: float, random: np.random.Generator) -> Image.Image:
@@ -160,24 +161,26 @@ def measure_pairs(options: argparse.Namespace) -> None:
 def measure_scale(options: argparse.Namespace) -> None:
     """Seconds (of the processor and on the clock) and peak memory by the number of images, each in a process of its own."""
     if options.count:
-        signatures = unrelated([opened(name)[1] for name in options.sets], options.count)
+        thumbnails = np.load(options.sets[0])[: options.count]
+        hashes = np.array([f"{h:016x}" for h in np.random.default_rng(0).permutation(len(thumbnails))])
+        signatures = Signatures(hashes, thumbnails, np.full((len(thumbnails), 2), 64))
         before, start, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
         pairs = len(near_duplicates(signatures))
         row = {"images": options.count, "cpu_seconds": time.process_time() - start, "seconds": time.perf_counter() - clock}
         row |= {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "before_mib": before / 2**10}
         table = pd.DataFrame([row | {"pairs": pairs}])
         if options.out.exists():
-            table = pd.concat([pd.read_csv(options.out), table])
+            table = pd.concat([pd.read_csv(options.out), table]).drop_duplicates("images", keep="last")
         table.round(1).to_csv(options.out, index=False)
         print(row, flush=True)
         return
-    for count in (25_000, 50_000, 100_000, 200_000):
-        subprocess.run(
-            [sys.executable, __file__, "scale", *options.sets, "--count", str(count), "--out", options.out], check=True
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(made := Path(folder) / "made.npy", unrelated([opened(name)[1] for name in options.sets], SIZES[-1]))
+        for count in SIZES:
+            subprocess.run([sys.executable, __file__, "scale", made, "--count", str(count), "--out", options.out], check=True)
 
 
-def unrelated(sources: list[Source], count: int) -> Signatures:
+def unrelated(sources: list[Source], count: int) -> np.ndarray:
     """Thumbnails of `count` images: each set's, then means of two of them, each cropped by a third and turned at random."""
     thumbnails = np.concatenate([decode(source, 64)[2].thumbnails for source in sources])
     random = np.random.default_rng(0)
@@ -189,9 +192,7 @@ def unrelated(sources: list[Source], count: int) -> Signatures:
             crop = Image.fromarray(np.rot90(thumbnails[i], random.integers(4)).copy()[y : y + 22, x : x + 22])
             two.append(np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR), np.float32))
         made.append((sum(two) / 2).astype(np.uint8)[None])
-    made = np.concatenate(made)
-    hashes = np.array([f"{h:016x}" for h in random.permutation(len(made))])
-    return Signatures(hashes, made, np.full((len(made), 2), 64))
+    return np.concatenate(made)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from hdkd_lib.data import leakage
 from hdkd_lib.data.cache import Signatures, decode
 from hdkd_lib.data.leakage import audit, duplicate_groups, leakage_gain, main, near_duplicates
-from hdkd_lib.data.sources import Source
+from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import FOLDS, split
 
 COLUMNS = ["a", "b", "match", "distance", "ratio", "orientation", "label_a", "label_b", "part_a", "part_b"]
@@ -335,6 +335,50 @@ def test_what_the_command_line_cannot_read_is_said_in_a_sentence(leaky, cache, m
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
+
+
+# --- precision and recall on generated copies ---
+
+FOUND = ("JPEG, quality 90", "JPEG, quality 60", "darker by 30 %", "mirrored", "turned by 90 degrees")
+PHOTOGRAPHS = (*FOUND, "JPEG, quality 30", "resized by 0.7", "cropped by 5 %", "brighter by 30 %", "text overlaid")
+
+
+def measured(source: Source, each: int, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """What the benchmark says of a set, by change."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import duplicates
+
+    return duplicates.copies(source, each).set_index("change")
+
+
+def test_copies_of_digits_are_found_and_no_other_digits(cache, monkeypatch):
+    table = measured(open_source("digits"), 10, monkeypatch)
+    assert (table.recall[["JPEG, quality 90", "darker by 30 %", "mirrored", "turned by 90 degrees"]] == 1).all()
+    assert (table.precision.dropna() == 1).all()
+    assert table.pairs.iloc[0] <= 2, "of 1,797 digits, which are all alike"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"), [("brain_tumor", (*FOUND, "JPEG, quality 30")), ("imagenette", PHOTOGRAPHS), ("cifar10", FOUND)]
+)
+def test_copies_of_real_images_are_found_and_no_others(real, cache, monkeypatch, name, changes):
+    source = real(name).source
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source.ids))[:1500])
+    table = measured(source.take(chosen), 25, monkeypatch)
+    assert (table.recall[list(changes)] >= 0.9).all()
+    assert (table.precision.dropna() >= 0.9).all()
+
+
+@pytest.mark.slow
+def test_most_of_cifar10s_published_near_duplicates_are_found(real):
+    data = real("cifar10", protocol="official")
+    known = pd.read_csv(Path(__file__).parents[2] / "results/audits/cifar10/cifair_pairs.csv")
+    near = known[known.kind.str.startswith("near-duplicate")]
+    group = dict(zip(data.source.ids, data.audit.duplicate_groups, strict=True))
+    assert np.mean([group[a] == group[b] for a, b in zip(near.a, near.b, strict=True)]) >= 0.75
+    assert 300 <= data.audit.summary["test_images_with_exact_or_near_duplicate_in_train"] <= 600
+    assert data.audit.pairs.is_conflict.mean() < 0.01, "unrelated images would mostly have two labels"
 
 
 # --- the real data sets, where HDKD_DATA holds them ---
