@@ -17,10 +17,10 @@ they are much closer than unrelated images of the same set. The rule is OUR CHOI
    and with ratio^d, where d is the dimension of the set, from how fast neighbours are found (as in Levina and Bickel 2004).
 
 Photographs have many dimensions and are joined up to a third of the usual distance; handwritten digits, which are all alike,
-only if they are nearly equal. Precision and recall on generated copies in every set at hand, and on the published list of
-CIFAR-10's duplicates (Barz and Denzler 2020), are in results/audits/near_duplicates.csv. In sets of images
-that are all alike, such as scans of one organ or digits, most cropped copies and copies with text on them are missed. Other views of one
-scene and other images of one patient are not found.
+only if they are nearly equal. Precision and recall are in results/audits: near_duplicates.csv for generated copies in every set
+at hand, known_duplicates.csv for CIFAR-10's published list (Barz and Denzler 2020). In sets of images that are all alike, such
+as scans of one organ or digits, most cropped copies and copies with text on them are missed. Other views of one scene and other
+images of one patient are not found.
 """
 
 import argparse
