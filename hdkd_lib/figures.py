@@ -153,7 +153,7 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
         ids, images: of the whole set, N names and (N, 3, S, S) uint8.
     """
     number = {name: i for i, name in enumerate(ids)}
-    worst = pairs.sort_values(["is_conflict", "is_crossing", "bits"], ascending=False, kind="stable").head(count)
+    worst = pairs.sort_values(["is_conflict", "is_crossing", "ratio"], ascending=False, kind="stable").head(count)
     size, alt = (1.5 * max(4, len(worst)), 4), f"{len(worst)} pairs of duplicate images, one above the other."
     figure, axes = _subplots(2, max(1, len(worst)), figsize=size, squeeze=False, alt=alt)
     for axis in axes.flat:
@@ -166,7 +166,7 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
             title = f"{getattr(pair, f'part_{side}')}\n{getattr(pair, f'label_{side}')}".strip().replace("_", " ")
             axis.set_title(title, fontsize=SMALL, color="C3" if pair.is_conflict else "black")
         place = {"transform": column[1].transAxes, "ha": "center", "va": "top"}
-        column[1].text(0.5, -0.04, f"{pair.match}, {pair.bits} bits", fontsize=SMALL, **place)
+        column[1].text(0.5, -0.04, f"{pair.match}, ratio {pair.ratio:.2f}", fontsize=SMALL, **place)
     return figure
 
 

@@ -292,15 +292,16 @@ def test_confusions_show_percent_of_the_true_class_and_what_they_sum():
 
 
 def test_duplicate_pairs_show_conflicts_first_then_crossings_and_name_both_sides():
-    rows = [("a", "b", "exact", 0, False, False), ("c", "d", "near", 9, False, True), ("a", "d", "near", 4, True, True)]
-    pairs = pd.DataFrame(rows, columns=["a", "b", "match", "bits", "is_conflict", "is_crossing"])
+    rows = [("a", "b", "exact", 0, False, False), ("c", "d", "near", 0.3, False, True), ("a", "d", "near", 0.2, True, True)]
+    pairs = pd.DataFrame(rows, columns=["a", "b", "match", "ratio", "is_conflict", "is_crossing"])
     pairs = pairs.assign(label_a="cat", label_b="dog", part_a="train", part_b="test")
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 5, 5) * 50
     figure = figures.duplicate_pairs(pairs, list("abcd"), images)
     shown = np.array([axis.images[0].get_array()[0, 0, 0] // 50 for axis in figure.axes]).reshape(2, 3)
     assert shown.T.tolist() == [[0, 3], [2, 3], [0, 1]]
     assert [axis.get_title() for axis in figure.axes[::3]] == ["train\ncat", "test\ndog"]
-    assert [axis.texts[0].get_text() for axis in figure.axes[3:]] == ["near, 4 bits", "near, 9 bits", "exact, 0 bits"]
+    ratios = ["near, ratio 0.20", "near, ratio 0.30", "exact, ratio 0.00"]
+    assert [axis.texts[0].get_text() for axis in figure.axes[3:]] == ratios
     assert len(figures.duplicate_pairs(pairs, list("abcd"), images, count=1).axes) == 2
     empty = figures.duplicate_pairs(pairs[:0], list("abcd"), images)
     assert empty.axes[0].texts[0].get_text() == "no duplicates found"

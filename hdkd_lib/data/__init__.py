@@ -98,6 +98,7 @@ def load(
     on_corrupt: str = "raise",
     from_files: bool | None = None,
     download: bool = False,
+    join_chains: bool = False,
 ) -> Data:
     """Loads, decodes (once; cached), audits and splits a data set.
 
@@ -118,6 +119,8 @@ def load(
         from_files: read the image files anew in every epoch, with crops that keep the aspect, instead of decoding them once;
             they are not audited, so the protocol is "official". Default: where they would fill more than 64 GiB.
         download: fetch what torchvision or MedMNIST offer into `root` where it is missing.
+        join_chains: keep a chain of near duplicates in one group even if it holds more than a tenth of a class; by default such
+            a chain is only reported.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one sentence that names the cause and the remedy.
@@ -137,7 +140,7 @@ def load(
         source, images, signatures = decode(source, image_size, on_corrupt=on_corrupt)
         from hdkd_lib.data import leakage
 
-        audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts)
+        audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts, join_chains=join_chains)
     drawn = {"draws": draws, "draw": draw, "val_per_class": val_per_class} if draws else {"draw": draw}
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed, **drawn)
     together = group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
@@ -165,11 +168,12 @@ def load(
             "fraction": fraction,
             **(drawn if draws else {}),
             "groups": groups if source.groups else None,  # not known
+            **({"join_chains": True} if join_chains else {}),
             "split_seed": split_seed,
             "from_files": from_files,
             "classes": source.classes,
             "content": _digest(identity),
-            "split": _digest(sides),
+            "split": _digest([f"rule {RULE}", *sides]),
         },
         source=source,
         signatures=signatures,

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from hdkd_lib.data.files import DAMAGE, building_prefix, built_aside, cache_dir, remove_abandoned
 from hdkd_lib.data.sources import Source
 
-_VERSION = 2  # raise when decoding, resizing or a signature changes
+_VERSION = 3  # raise when decoding, resizing or a signature changes
 _CHUNK = 256  # images in memory at a time while a cache is built
 _CHECKED = 2**30  # bytes of images whose checksum is compared at each reading, about a second; of more only the size
 _UNREADABLE = (
@@ -37,17 +37,13 @@ class Signatures:
 
     Attributes:
         hashes: (N,) text, equal where the decoded RGB pixels are equal.
-        gradients: (N, 32) uint8, 256 bits: in a 17x16 grey thumbnail, is a pixel brighter than its left neighbour? (dHash)
         thumbnails: (N, 32, 32) uint8, grey.
-        colours: (N, 8, 8, 3) uint8, RGB.
         sizes: (N, 2) width and height in pixels.
         folder: where the cache keeps them and what is computed from them (`remembered`), or None.
     """
 
     hashes: np.ndarray
-    gradients: np.ndarray
     thumbnails: np.ndarray
-    colours: np.ndarray
     sizes: np.ndarray
     folder: Path | None = None
 
@@ -209,14 +205,10 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
                 rgb = to_rgb(opened)
         except Exception as error:  # PIL raises many kinds for a broken file
             return str(error).replace(f" {str(image)!r}", "")  # the id names it already
-        grey = rgb.convert("L")
-        coarse = np.asarray(grey.resize((17, 16), Image.Resampling.LANCZOS))
         return (
             np.asarray(rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1),
             hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest()[:16],
-            np.packbits(coarse[:, 1:] > coarse[:, :-1]),
-            np.asarray(grey.resize((32, 32), Image.Resampling.BOX)),
-            np.asarray(rgb.resize((8, 8), Image.Resampling.BOX)),
+            np.asarray(rgb.convert("L").resize((32, 32), Image.Resampling.BOX)),
             rgb.size,
         )
 
@@ -242,7 +234,7 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
             "grey would be left of them; convert them to 8 bits first, with the window that a reader would see"
         )
     columns = [np.array(column) for column in zip(*signatures, strict=True)]
-    names = ("hashes", "gradients", "thumbnails", "colours", "sizes")
+    names = ("hashes", "thumbnails", "sizes")
     np.savez(folder / "signatures.npz", **dict(zip(names, columns, strict=True)))
     (folder / "broken.json").write_text(json.dumps(broken))
     return broken

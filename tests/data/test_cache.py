@@ -131,14 +131,11 @@ def test_hashes_are_equal_exactly_where_pixels_are(cache, numbers):
 
 
 def test_signatures_describe_the_original_and_not_the_resized_image(tmp_path):
-    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))  # each pixel is brighter than its left neighbour
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
     _, _, signatures = decode(source_of(saved(tmp_path / "up.png", ramp), saved(tmp_path / "down.png", ramp[:, ::-1])), 4)
     assert signatures.sizes.tolist() == [[64, 48]] * 2
-    assert np.unpackbits(signatures.gradients, axis=1).sum(1).tolist() == [256, 0]
     assert signatures.thumbnails[0, 0].tolist() == [8 * i + 2 for i in range(32)]
     assert np.array_equal(signatures.thumbnails[0], signatures.thumbnails[1][:, ::-1])
-    assert signatures.colours.shape == (2, 8, 8, 3)
-    assert signatures.colours[0, 0, :, 1].tolist() == [14 + 32 * i for i in range(8)]
     assert len(signatures) == 2
 
 
