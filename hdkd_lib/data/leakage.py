@@ -40,6 +40,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from hdkd_lib.data.cache import Signatures, decode, remembered
+from hdkd_lib.data.groups import with_groups
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE
 
@@ -321,12 +322,17 @@ def audit(
             "class, which are not kept in one split; look at the audit's pairs and, if they are right, pass join_chains=True",
             stacklevel=2,
         )
-    for x, y in (("val", "train"), ("test", "train"), ("test", "val")):
-        if (side == x).any() and (side == y).any():
-            summary[f"{x}_images"] = int((side == x).sum())
-            for match, g in (("exact", exact_group), ("exact_or_near", group)):
-                summary[f"{x}_images_with_{match}_duplicate_in_{y}"] = int(np.isin(g[side == x], g[side == y]).sum())
+    for x, y in _pairs_of_parts(side):
+        summary[f"{x}_images"] = int((side == x).sum())
+        for match, g in (("exact", exact_group), ("exact_or_near", group)):
+            summary[f"{x}_images_with_{match}_duplicate_in_{y}"] = int(np.isin(g[side == x], g[side == y]).sum())
     return Audit(pairs[columns], group, summary)
+
+
+def _pairs_of_parts(side: np.ndarray) -> list[tuple[str, str]]:
+    """Which parts are compared, of those that there are."""
+    every = ("val", "train"), ("test", "train"), ("test", "val")
+    return [(x, y) for x, y in every if (side == x).any() and (side == y).any()]
 
 
 def leakage_gain(signatures: Signatures, labels: np.ndarray, splits: dict[str, list[dict[str, np.ndarray]]]) -> pd.DataFrame:
@@ -369,25 +375,35 @@ def _with_two(group: np.ndarray, labels: np.ndarray) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 1 where duplicates cross the folder's splits, 2 where it cannot be read."""
+    """The command line; the exit code is 1 where duplicates or groups cross the folder's splits, 2 where it cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m hdkd_lib.data.leakage", description="Duplicates in an image folder.")
     parser.add_argument("folder", type=Path, help="CLASS/*, or train/CLASS/* and test/CLASS/*; or an archive of it")
     parser.add_argument("--dataset", default="folder", help="read it as this data set, e.g. ham10000 (default: folder)")
     parser.add_argument("--out", type=Path, default=Path("duplicates.csv"), help="the table of pairs (default: %(default)s)")
+    parser.add_argument("--groups", default="", help="a pattern in an image's path whose parenthesised part names its patient")
     parser.add_argument("--join-chains", action="store_true", help="keep long chains of near duplicates in one group, too")
     options = parser.parse_args(arguments)
     try:
-        source: Source = open_source(options.dataset, options.folder)
+        source: Source = with_groups(open_source(options.dataset, options.folder), options.groups)
         source, _, signatures = decode(source, 32, on_corrupt="skip")
         found = audit(signatures, source.ids, source.labels, source.classes, source.parts, join_chains=options.join_chains)
         found.pairs.to_csv(options.out, index=False)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    for name, count in (found.summary | {"corrupt_files": source.card.get("corrupt_files", 0)}).items():
+    counts = found.summary | {"corrupt_files": source.card.get("corrupt_files", 0)}
+    is_shared = False
+    print(f"patients or other groups: {source.card['patients']}")
+    if source.groups:
+        named, side = np.asarray(source.groups), np.asarray(source.parts or [""] * len(source.groups))
+        counts["groups"] = len(set(source.groups))
+        for x, y in _pairs_of_parts(side):
+            count = counts[f"{x}_images_with_group_in_{y}"] = int(np.isin(named[side == x], named[side == y]).sum())
+            is_shared |= count > 0
+    for name, count in counts.items():
         print(f"{name.replace('_', ' ')}: {count:,}")
     print(f"{len(found.pairs):,} pairs in {options.out}")
-    return int(found.pairs.is_crossing.any())
+    return int(found.pairs.is_crossing.any() or is_shared)
 
 
 if __name__ == "__main__":

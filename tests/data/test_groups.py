@@ -1,12 +1,14 @@
 """Patients declared in a table or by a pattern stay together; what contradicts itself is refused in one sentence."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from hdkd_lib import data
+from hdkd_lib.data import leakage
 from hdkd_lib.data.groups import with_groups
 from hdkd_lib.data.sources import open_source
 
@@ -128,6 +130,24 @@ def test_table_and_pattern_together_are_refused(scans, table):
     table(rows(scans))
     with pytest.raises(ValueError, match=r"would say which images belong together, but .*groups\.csv says them"):
         data.load("folder", scans, image_size=16, groups=r"/(p\d+)/")
+
+
+def test_the_audit_counts_test_images_whose_patient_is_in_the_training_part(scans, tmp_path, capsys):
+    for part, patients in (("train", range(8)), ("test", range(6, 12))):
+        for name in ("ill", "well"):
+            for patient in patients:
+                shutil.copytree(scans / name / f"p{patient:02d}", tmp_path / "set" / part / name / f"p{patient:02d}")
+                for file in (tmp_path / "set" / part / name / f"p{patient:02d}").iterdir():
+                    random = np.random.default_rng([patient, part == "test", name == "ill", int(file.stem)])
+                    Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    arguments = [str(tmp_path / "set"), "--out", str(tmp_path / "pairs.csv")]
+    with pytest.warns(UserWarning, match="if these are patients"):
+        assert leakage.main(arguments) == 0
+    assert "patients or other groups: not known" in capsys.readouterr().out
+    assert leakage.main([*arguments, "--groups", r"/(p\d+)/"]) == 1
+    text = capsys.readouterr().out
+    assert "groups: 12\n" in text
+    assert f"test images with group in train: {2 * 2 * EACH}\n" in text
 
 
 def test_a_set_of_arrays_takes_a_pattern_on_its_ids():
