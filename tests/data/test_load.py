@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -76,6 +77,29 @@ def test_what_determines_the_split_is_in_the_configuration(published, changed):
     assert differing - {"split"} == changed.keys()
     sides = [{name: sorted(part.ids) for name, part in parts_of(data).items()} for data in (plain, other)]
     assert ("split" in differing) == (sides[0] != sides[1])
+
+
+def test_a_long_chain_is_joined_only_if_asked_and_the_configuration_says_so(image_folder, monkeypatch):
+    root = image_folder(*(f"{c}/{i:02d}.png" for c in "ab" for i in range(30)))
+    chain = {"a": np.arange(11), "b": np.arange(1, 12), "distance": 0.1, "ratio": 0.2, "orientation": ""}
+    monkeypatch.setattr("hdkd_lib.data.leakage.near_duplicates", lambda _: pd.DataFrame(chain))
+    with pytest.warns(UserWarning, match=r"^12 images form chains of near duplicates .* join_chains=True$"):
+        apart = load("folder", root, image_size=8)
+    joined = load("folder", root, image_size=8, join_chains=True)
+    assert (apart.card["groups"], joined.card["groups"]) == (60, 49)
+    assert apart.card["images_in_chains_not_joined"] == 12
+    assert "images_in_chains_not_joined" not in joined.card
+    assert sum(any(f"a/{i:02d}.png" in part.ids for i in range(12)) for part in parts_of(joined).values()) == 1
+    assert joined.config.items() >= {"join_chains": True}.items()
+    assert "join_chains" not in apart.config, "as in runs that were made before"
+    assert joined.config["split"] != apart.config["split"]
+
+
+def test_the_rules_version_is_in_the_hash_of_the_split(published, monkeypatch):
+    before = load("folder", published, image_size=8).config
+    monkeypatch.setattr(module, "RULE", module.RULE + 1)
+    after = load("folder", published, image_size=8).config
+    assert {key for key in after if after[key] != before[key]} == {"split"}
 
 
 def test_audit_and_split_are_computed_once(image_folder, cache, monkeypatch):
