@@ -87,7 +87,7 @@ def test_every_import_is_a_requirement():
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             imported.add(node.module.split(".")[0])
-    own = {"hdkd_lib", "study", "tests", "conftest", "timing", "gpu", "fake_cuda"}
+    own = {"hdkd_lib", "study", "tests", "conftest", "timing", "gpu", "duplicates", "fake_cuda"}
     distributions = packages_distributions()
     foreign = imported - set(sys.stdlib_module_names) - own - {"triton"}  # comes with torch for CUDA, and is of use there only
     assert not {m for m in foreign if not {canonicalize_name(d) for d in distributions.get(m, [])} & requirements().keys()}

@@ -734,6 +734,7 @@ def trained(plan, finished_run, tmp_path):
             shutil.copytree(finished_run.path, folder, dirs_exist_ok=True)
             own = json.loads((folder / "environment.json").read_text()) | {"commit": "c" * 40, "uncommitted_changes": False}
             (folder / "environment.json").write_text(json.dumps(own | environment))
+            (folder / "checksums.json").unlink()  # else it would be damaged
         study._note_changed_questions(expanded, tmp_path / "results" / "runs" / "tiny")
         return tmp_path / "results" / "published" / "tiny"
 
