@@ -154,7 +154,10 @@ def duplicate_pairs(pairs: pd.DataFrame, ids: Sequence[str], images: Tensor, cou
     """
     number = {name: i for i, name in enumerate(ids)}
     worst = pairs.sort_values(["is_conflict", "is_crossing", "ratio"], ascending=False, kind="stable").head(count)
-    size, alt = (1.5 * max(4, len(worst)), 4), f"{len(worst)} pairs of duplicate images, one above the other."
+    size, alt = (
+        (1.5 * max(4, len(worst)), 4 if len(worst) else 0.6),
+        f"{len(worst)} pairs of duplicate images, one above the other.",
+    )
     figure, axes = _subplots(2, max(1, len(worst)), figsize=size, squeeze=False, alt=alt)
     for axis in axes.flat:
         axis.axis("off")
