@@ -184,7 +184,8 @@ def mend(folder: Path, *, weights: bool = True) -> None:
     """Sets aside what is damaged in a run folder; the caller holds its lock.
 
     A run that lost a file is no longer finished: what is missing is written anew when it starts, from its weights if they are
-    whole. Of a run from before there were checksums, only documents and checkpoints are known to be damaged.
+    whole. Where the checksums themselves are damaged nothing can be verified, and the run is trained again. Of a run from
+    before there were checksums, only documents and checkpoints are known to be damaged.
 
     Args:
         weights: whether weights are looked at; a run whose weights nobody needs stays finished without them.
@@ -199,13 +200,14 @@ def mend(folder: Path, *, weights: bool = True) -> None:
         else:
             is_lost = (weights or not is_weights) and _digest(folder / name) != digest
         lost |= {name} if is_lost else set()
+    if lost - {"job.json"} and "metrics.json" not in lost:  # first, since this process may be killed, too
+        (folder / "metrics.json").unlink(missing_ok=True)
     for name in sorted(lost):
         if (folder / name).exists():
             set_damaged_aside(folder / name)
         else:
             print(f"{folder / name} is missing and will be made anew")
-    if lost - {"job.json", "checksums.json"}:
-        (folder / "metrics.json").unlink(missing_ok=True)
+    if lost - {"job.json"}:
         _forget_checksums(folder, lost | {"metrics.json"})
 
 

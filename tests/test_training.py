@@ -342,6 +342,14 @@ def test_a_finished_run_of_before_there_were_checksums_stays_finished(finished_r
     assert len(run.predictions().ids) == 60
 
 
+def test_a_finished_run_whose_checksums_are_damaged_is_trained_again(finished_run, make_task, digits, recipe, tmp_path):
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    (tmp_path / "run" / "checksums.json").write_text("{")
+    with pytest.raises(AssertionError, match="trained"):
+        fit(failing_after(make_task(), 0, AssertionError("trained")), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
 def test_a_folder_in_which_another_process_trains_is_not_set_aside(alone, digits, tmp_path, capsys):
     short = replace(SHORT, epochs=1)
     first = fit(alone(), digits, short, tmp_path / "run", **ON_CPU)

@@ -272,6 +272,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first trial, to repeat one")
     parser.add_argument("--workflow", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in a shell's background ignores it
     begun, failed = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "undisturbed"
