@@ -204,6 +204,11 @@ class Site:
             parts += [f"{name.capitalize()} ([PDF]({pdf})).", source]
         students = sorted(path.parent.relative_to(ROOT / folder) for path in (ROOT / folder).glob("students/*/README.md"))
         if students:
+            for path in students:
+                self.pages[folder / path / "README.md"] = folder / path / "README.md"  # its list of files links to it
+                self.write(
+                    folder / path / "README.md", f"---\norphan: true\n---\n{(ROOT / folder / path / 'README.md').read_text()}"
+                )
             lines = [f"- [{path.name}]({self.link(folder / path, folder)})" for path in students]
             about = 'Weights and model card of one replicate: `timm.create_model("local-dir:FOLDER", pretrained=True)`.'
             parts += ["## Students", about, "\n".join(lines)]
