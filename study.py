@@ -339,7 +339,7 @@ def prepare(jobs_file: Path) -> None:
     loaded = set()
     for job in missing.values():
         parameters = defaults[job["notebook"]] | job["parameters"]
-        named = ("root", "image_size", "protocol", "groups", "download")
+        named = ("root", "image_size", "protocol", "groups", "join_chains", "download")
         decoded = {key: parameters[key] for key in named if key in parameters}
         if (key := str((parameters.get("dataset"), decoded))) not in loaded and "dataset" in parameters:
             data.load(parameters["dataset"], **decoded)
@@ -586,7 +586,7 @@ def _duration(seconds: float) -> str:
 
 def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
     """Runs that left the plan or whose parameters, or whose teacher's, changed since its last start keep their results as
-    NAME~1, NAME~2, ..."""
+    NAME~before, NAME~before~, ..."""
     from hdkd_lib import runs
 
     if not (before := _jobs_before(jobs_file, expanded)):
@@ -601,10 +601,7 @@ def _set_aside_changed(jobs_file: Path, expanded: dict) -> None:
         path = jobs_file.parent / name
         with runs.lock(path):
             if path.exists():
-                number = 1
-                while path.with_name(f"{name}~{number}").exists():
-                    number += 1
-                path.rename(path.with_name(f"{name}~{number}"))
+                runs.set_aside(path, "before")
 
 
 def _jobs_before(jobs_file: Path, expanded: dict) -> dict:

@@ -51,7 +51,7 @@ def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.
     if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
         raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install -c constraints.txt -e '.[export]'")
     folder = Path(folder).expanduser()
-    model = save(run, data, folder, epoch)
+    model = save(run, data, folder, epoch, onnx=True)
     images = Preprocess(model)(data.test.images[:64]).contiguous()
     to_onnx(model, folder / "model.onnx", images[:2])
     call = onnx_call(folder / "model.onnx")
@@ -70,13 +70,16 @@ def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.
     return table
 
 
-def save(run: Run, data: Data, folder: Path, epoch: str = "best") -> nn.Module:
+def save(run: Run, data: Data, folder: Path, epoch: str = "best", *, onnx: bool = False) -> nn.Module:
     """Writes the run's student as timm loads it, with its model card, to `folder`, and returns it in eval mode.
+
+    Args:
+        onnx: whether the card shall say how to load model.onnx, which the caller writes.
 
     Raises:
         FileNotFoundError: the run has no weights.
     """
-    model, text = run.student(epoch), card(run, data, epoch)
+    model, text = run.student(epoch), card(run, data, epoch, onnx=onnx)
     to_timm(model, folder, data.classes)
     write_atomically(folder / "README.md", lambda aside: aside.write_text(text))
     return model
@@ -134,7 +137,7 @@ def accuracy_interval(run: Run, epoch: str = "best") -> tuple[float, float, floa
     return middle - half, p, middle + half
 
 
-def card(run: Run, data: Data, epoch: str = "best") -> str:
+def card(run: Run, data: Data, epoch: str = "best", *, onnx: bool = False) -> str:
     """The model card (Markdown): network, data, protocol, scores with an interval, licence, and what it is not for."""
     method, recipe, of = run.config["method"], run.config["recipe"], data.card
     low, accuracy, high = (100 * value for value in accuracy_interval(run, epoch))
@@ -153,8 +156,8 @@ def card(run: Run, data: Data, epoch: str = "best") -> str:
 - **Input**: RGB images of {size}x{size} pixels, resized without keeping their aspect, scaled to [0, 1], less the mean \
 {tuple(cfg["mean"])}, over the deviation {tuple(cfg["std"])}.
 - **Output**: logits of {len(data.classes)} classes, in this order: {names}.
-- **Load it**: `import hdkd_lib.models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)`, or `model.onnx` with \
-any ONNX runtime (input `images`, output `logits`).
+- **Load it**: `import hdkd_lib.models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)`\
+{", or `model.onnx` with any ONNX runtime (input `images`, output `logits`)" if onnx else ""}.
 
 ## Data and protocol
 

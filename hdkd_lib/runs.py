@@ -193,6 +193,8 @@ def mend(folder: Path, *, weights: bool = True) -> None:
     remove_unfinished(folder)
     lost = {name for name in DOCUMENTS if (folder / name).exists() and read_json(folder / name) is None}
     lost |= {name for name in CHECKPOINTS if (folder / name).exists() and not _is_checkpoint(folder / name)}
+    if not lost & set(CHECKPOINTS) and _is_changed(folder):
+        lost.add("config.json")
     for name, digest in checksums(folder).items():
         is_weights = name.endswith(".safetensors")  # which may have been removed to save space
         if not (folder / name).exists():
@@ -253,10 +255,22 @@ def _configuration(folder: Path) -> str | None:
     for name in ("metrics.json", "checksums.json"):
         if document := read_json(folder / name):
             return document.get("config_hash", "unknown")
+    has_checkpoint = any((folder / name).exists() for name in CHECKPOINTS)
+    return _told_by_checkpoint(folder) or ("unknown" if has_checkpoint else None)
+
+
+def _told_by_checkpoint(folder: Path) -> str | None:
+    """The hash of the configuration that a folder's checkpoint is of; None if there is none, or none that says so."""
     for name in CHECKPOINTS:
         if (folder / name).exists():
-            return torch.load(folder / name, "cpu", weights_only=True, mmap=True).get("config_hash", "unknown")
+            return torch.load(folder / name, "cpu", weights_only=True, mmap=True).get("config_hash")
     return None
+
+
+def _is_changed(folder: Path) -> bool:
+    """Whether config.json is of another configuration than the checkpoint beside it: a bit of it may have changed."""
+    config, told = read_json(folder / "config.json"), _told_by_checkpoint(folder)
+    return None not in (config, told) and told not in (config_hash(config), config_hash(_todays_names(config)))
 
 
 def place(path: str | Path | None, config: dict) -> Path:
@@ -286,7 +300,7 @@ class Run:
         path = place(path, config)
         mend(path)
         if (other := _configuration(path)) not in (None, config_hash(config)):
-            set_aside(path, other)
+            print(f"{path} holds a run of another configuration: it was renamed to {set_aside(path, other).name}")
         path.mkdir(parents=True, exist_ok=True)
         if not (path / "config.json").exists():
             write_json(path / "config.json", config)

@@ -54,6 +54,9 @@ def test_a_run_is_exported_with_its_card(run, digits, tmp_path):
     )
     for words in ("CC BY 4.0", "120 train, 60 val, 60 test", "trained by Supervised for 1 epochs", "Not for", "9 (180 images)"):
         assert words in card
+    assert "or `model.onnx` with any ONNX runtime" in card
+    export.save(run, digits, tmp_path / "alone")
+    assert "model.onnx" not in (tmp_path / "alone" / "README.md").read_text()
     again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     for key, value in run.student().state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)

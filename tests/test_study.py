@@ -133,7 +133,7 @@ def test_runs_whose_parameters_changed_are_set_aside_and_others_stay(plan, tmp_p
         (folder / name).mkdir(parents=True)
     (folder / "jobs.json").write_text(json.dumps(before))
     study._set_aside_changed(folder / "jobs.json", study.expand(plan(TINY.replace("hdkd_student_nano", "hdkd_student"))))
-    assert (folder / "student-seed0~1").is_dir()
+    assert (folder / "student-seed0~before").is_dir()
     assert not (folder / "student-seed0").exists()
     assert (folder / "teacher-seed0").is_dir()
 
@@ -535,7 +535,7 @@ def test_students_of_a_changed_teacher_are_set_aside_with_it(plan, tmp_path):
     (folder / "jobs.json").write_text(json.dumps(before))
     after = study.expand(plan(ARMS.replace("{network: hdkd_teacher_nano, ", "{network: hdkd_teacher_nano, fraction: 0.5, ")))
     study._set_aside_changed(folder / "jobs.json", after)
-    aside = {path.name.split("-")[0] for path in folder.glob("*~1")}
+    aside = {path.name.split("-")[0] for path in folder.glob("*~before")}
     assert aside == {"teacher", "hdkd", "logits"}
 
 
@@ -571,7 +571,7 @@ def test_without_jobs_json_changed_runs_are_known_by_their_own(plan, tmp_path):
         study._write_job(tmp_path / name, "tiny", before["jobs"][name])
     changed = study.expand(plan(ARMS.replace("seed: 100", "seed: 200")))
     study._set_aside_changed(tmp_path / "jobs.json", changed)
-    assert {path.name for path in tmp_path.glob("*~1")} == {"again-draw0-seed0~1"}
+    assert {path.name for path in tmp_path.glob("*~before")} == {"again-draw0-seed0~before"}
 
 
 def test_a_teacher_whose_weights_are_damaged_is_trained_again_if_a_student_needs_it(plan, finished_run, tmp_path, capsys):

@@ -161,10 +161,12 @@ def test_an_interrupted_task_goes_on_in_its_own_run(alone, digits, tmp_path):
     assert len(fit(task, digits, SHORT, tmp_path / "run", **ON_CPU).history) == SHORT.epochs
 
 
-def test_another_configuration_sets_the_folder_aside_whole(alone, digits, tmp_path):
+def test_another_configuration_sets_the_folder_aside_whole(alone, digits, tmp_path, capsys):
     first = fit(alone(), digits, replace(SHORT, epochs=1), tmp_path / "run", **ON_CPU)
     before = {f.name: f.read_bytes() for f in first.path.iterdir()}
+    capsys.readouterr()
     second = fit(alone(), digits, replace(SHORT, epochs=1), tmp_path / "run", seed=1, **ON_CPU)
+    assert "run holds a run of another configuration: it was renamed to run~" in capsys.readouterr().out
     aside = tmp_path / f"run~{runs.config_hash(first.config)}"
     assert {f.name: f.read_bytes() for f in aside.iterdir()} == before
     assert second.path == tmp_path / "run"
@@ -231,7 +233,7 @@ def test_an_interrupted_run_goes_on_from_the_last_checkpoint_that_is_whole(
 ):
     shutil.copytree(interrupted, tmp_path / "run")
     for name in damaged:
-        (cut if name == "config.json" else how)(tmp_path / "run" / name)  # a changed letter may make it another configuration
+        how(tmp_path / "run" / name)
     seen = watched(task := make_task())
     run = fit(task, digits, recipe, tmp_path / "run", **ON_CPU)
     said = capsys.readouterr().out
@@ -251,6 +253,18 @@ def test_a_checkpoint_of_another_configuration_is_not_continued(interrupted, mak
     assert len(run.history) == 1
     [aside] = tmp_path.glob("run~*")
     assert (aside / "checkpoint.pt").exists()
+
+
+def test_a_changed_letter_does_not_make_it_another_configuration(
+    interrupted, finished_run, make_task, digits, recipe, tmp_path, capsys
+):
+    shutil.copytree(interrupted, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"name": "', '"name": "x', 1))
+    run = fit(make_task(), digits, recipe, tmp_path / "run", **ON_CPU)
+    assert f"{config} is damaged: it was renamed to config.json~damaged" in capsys.readouterr().out
+    assert not list(tmp_path.glob("run~*"))
+    assert_same_end(run, finished_run)
 
 
 TABLES = ["metrics.json", "predictions.csv", "predictions_last.csv", "split.csv", "config.json", "environment.json"]

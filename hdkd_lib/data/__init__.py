@@ -193,6 +193,7 @@ def load_as(config: Mapping, root: str | Path | None = None) -> Data:
         "val_per_class",
         "split_seed",
         "groups",
+        "join_chains",
         "from_files",
     )
     return load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})

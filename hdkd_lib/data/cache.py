@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from hdkd_lib.data.files import DAMAGE, building_prefix, built_aside, cache_dir, remove_abandoned
 from hdkd_lib.data.sources import Source
 
-_VERSION = 3  # raise when decoding, resizing or a signature changes
+_VERSION = 4  # raise when decoding, resizing or a signature changes
 _CHUNK = 256  # images in memory at a time while a cache is built
 _CHECKED = 2**30  # bytes of images whose checksum is compared at each reading, about a second; of more only the size
 _UNREADABLE = (
@@ -37,7 +37,7 @@ class Signatures:
 
     Attributes:
         hashes: (N,) text, equal where the decoded RGB pixels are equal.
-        thumbnails: (N, 32, 32) uint8, grey.
+        thumbnails: (N, 64, 64) uint8, grey.
         sizes: (N, 2) width and height in pixels.
         folder: where the cache keeps them and what is computed from them (`remembered`), or None.
     """
@@ -208,7 +208,7 @@ def _build(source: Source, image_size: int, folder: Path) -> dict[int, str]:
         return (
             np.asarray(rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1),
             hashlib.sha1(str(rgb.size).encode() + rgb.tobytes()).hexdigest()[:16],
-            np.asarray(rgb.convert("L").resize((32, 32), Image.Resampling.BOX)),
+            np.asarray(rgb.convert("L").resize((64, 64), Image.Resampling.BOX)),
             rgb.size,
         )
 

@@ -8,25 +8,27 @@ they are much closer than unrelated images of the same set. The rule is OUR CHOI
 1. *Reference.* Images are compared by the low frequencies of a grey thumbnail (a DCT, as pHash does), without mean and
    contrast. An image's reference is its distance to the tenth nearest image of a sample, in any of eight orientations: upright,
    mirrored, turned by quarters. The images' hashes draw the sample, so that neither file order nor a random seed decides.
-2. *Candidates.* Pairs that share one of their nearest images of the sample, in any orientation, and are closer than 4/5 of both
-   references.
-3. *Alignment.* Scale and shift in each direction, gain and offset are fitted on 32x32 thumbnails (Gauss-Newton; Baker and
-   Matthews 2004). The distance is sqrt(1 - correlation) where the two images overlap.
-4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most 1/3, and at most 1e-3 unrelated images
+2. *Candidates.* Pairs that share one of their nearest images of the sample and are closer than both references, one of the two
+   in any orientation or cropped by 5 or 10 %; in large sets closer still, so that each image has few unrelated candidates.
+3. *Alignment.* Scale and shift in each direction, gain and offset are fitted on thumbnails of 16, 32 and 64 pixels
+   (Gauss-Newton; Baker and Matthews 2004), from the crop that was found. The distance is sqrt(1 - correlation) where the two
+   images overlap, without the 5 % of pixels that differ most: text may lie on them. References are scaled by what alignment
+   makes of the distances of unrelated images.
+4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most 1/4, and at most 2e-4 unrelated images
    are expected within it by chance (a contrario; Desolneux, Moisan and Morel 2000). Their number grows with the size of the set
    and with ratio^d, where d is the dimension of the set, from how fast neighbours are found (as in Levina and Bickel 2004).
 
-Photographs have many dimensions and are joined up to a third of the usual distance; handwritten digits, which are all alike,
+Photographs have many dimensions and are joined up to a quarter of the usual distance; handwritten digits, which are all alike,
 only if they are nearly equal. Precision and recall are in results/audits: near_duplicates.csv for generated copies in every set
-at hand, known_duplicates.csv for CIFAR-10's published list (Barz and Denzler 2020). In sets of images that are all alike, such
-as scans of one organ or digits, most cropped copies and copies with text on them are missed. Other views of one scene and other
-images of one patient are not found.
+at hand, known_duplicates.csv for CIFAR-10's published list (Barz and Denzler 2020). In sets of small images that are all alike,
+such as digits, most copies that were resized, compressed or written on are missed. Neighbouring slices of a scan and
+photographs of a lesion from nearly the same place are joined, too; other views of a scene or of a patient are not found.
 """
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.fft import dctn
+from scipy.fft import dct
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -44,16 +46,18 @@ from hdkd_lib.data.groups import with_groups
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE
 
-LARGEST_RATIO = 1 / 3  # of a pair's distance to that of unrelated images
-FALSE_ALARMS = 1e-3  # unrelated images that may be expected as near as a duplicate
+LARGEST_RATIO = 1 / 4  # of a pair's distance to that of unrelated images
+FALSE_ALARMS = 2e-4  # unrelated images that may be expected as near as a duplicate
 CHAIN = 0.1  # a chain of near duplicates with more of a class is not joined (OUR CHOICE), if it is of more than ten images
 
 _FREQUENCIES = 6  # in each direction, the constant one left out
 _RANK = 10  # the neighbour in the sample that gives the reference
 _FAR = 32  # the neighbour by which, with the one of half its rank, the dimension is measured
-_LISTS = 5  # nearest images of the sample by which candidates are found
-_GATE = 0.8  # of the reference, before alignment
+_LISTS, _LISTS_OF_CROPS = 5, 2  # nearest images of the sample by which candidates are found
+_CANDIDATES = 50  # unrelated images that may be expected as near as a candidate, before alignment
 _KEPT = 8  # nearest candidates of each image
+_COARSE = 0.6  # of the reference: more distant pairs are not looked at more closely
+_OTHER = 0.05  # of the pixels, those that differ most, do not count: text may lie on them
 _FLAT = 0.5  # standard deviation, of 255, below which a thumbnail shows nothing
 _BLOCK = 1024  # images or pairs at a time
 
@@ -61,7 +65,9 @@ _BLOCK = 1024  # images or pairs at a time
 _ORIENTATIONS = np.array(
     ["", "flip_left_right", "flip_top_bottom", "rotate_180", "transpose", "rotate_270", "rotate_90", "transverse"]
 )
-_INVERSE = torch.tensor([0, 1, 2, 3, 4, 6, 5, 7])
+# Scale, x and y of crops: 5 or 10 % of each side less, at the corners, in the middle of a side or of the image.
+_CROPS = [(1 - share, share * x, share * y) for share in (0.05, 0.1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+_INVERSE = torch.tensor([0, 1, 2, 3, 4, 6, 5, 7, *range(8, 8 + len(_CROPS))])
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,20 @@ def near_duplicates(signatures: Signatures) -> pd.DataFrame:
 def _near_duplicates(signatures: Signatures) -> dict[str, np.ndarray]:
     _, first = np.unique(signatures.hashes, return_index=True)  # in the order of the hashes: a random one, the same everywhere
     thumbnails = torch.from_numpy(signatures.thumbnails[first])
-    views = _views(signatures.thumbnails[first])
-    lists, reference, chance = _references(views)
-    pairs = _candidates(views, lists, reference)
-    distance = _aligned(thumbnails, *pairs)
+    views = _views(thumbnails)
+    lists, reference, unrelated, crowd, dimension = _references(views)
+    gate = min(1.0, (_CANDIDATES / crowd) ** (1 / dimension)) if crowd else 1.0
+    pairs = _candidates(views, lists, gate * reference)
+    distance = _aligned(thumbnails, *pairs, _COARSE * torch.minimum(*reference[pairs[:2]]) / 2**0.5)
+    pairs, distance = pairs[:, distance.isfinite()], distance[distance.isfinite()]
+    if unrelated.shape[1]:  # what alignment and high frequencies make of the distances of unrelated images
+        reference *= (2**0.5 * _aligned(thumbnails, *unrelated) / torch.minimum(*reference[unrelated[:2]])).median()
     ratio = distance / (torch.minimum(*reference[pairs[:2]]) / 2**0.5)
     # Rounded, so that no machine's arithmetic decides.
     ratio, distance = (values.numpy().astype(float).round(3) for values in (ratio, distance))
-    is_near = (ratio <= LARGEST_RATIO) & (chance(ratio) <= FALSE_ALARMS)
+    is_near = (ratio <= LARGEST_RATIO) & (crowd * ratio**dimension <= FALSE_ALARMS)
     (a, b), view = first[pairs[:2, is_near].numpy()], pairs[2, is_near]
+    view = torch.where(view < 8, view, 0)  # crops are upright
     view = torch.where(torch.from_numpy(a < b), view, _INVERSE[view])
     columns = {"a": np.minimum(a, b), "b": np.maximum(a, b), "distance": distance[is_near], "ratio": ratio[is_near]}
     columns["orientation"] = _ORIENTATIONS[view.numpy()]
@@ -109,110 +120,149 @@ def _near_duplicates(signatures: Signatures) -> dict[str, np.ndarray]:
     return {name: column[order] for name, column in columns.items()}
 
 
-def _views(thumbnails: np.ndarray) -> Tensor:
-    """(8, N, D) low frequencies of the images in eight orientations, of length 1."""
-    low = np.empty((len(thumbnails), _FREQUENCIES, _FREQUENCIES), np.float32)
-    for start in range(0, len(low), _BLOCK):
-        block = thumbnails[start : start + _BLOCK].astype(np.float32)
-        low[start : start + _BLOCK] = dctn(block, axes=(1, 2), norm="ortho")[:, :_FREQUENCIES, :_FREQUENCIES]
-    low[:, 0, 0] = 0
-    length = np.sqrt((low**2).sum((1, 2), keepdims=True))
-    low *= (length > 32 * _FLAT) / np.maximum(length, 1)  # nothing is like a flat image
-    sign = (-1) ** np.arange(_FREQUENCIES, dtype=np.float32)  # of a mirrored cosine
-    turned = [low * y * x for low in (low, low.transpose(0, 2, 1)) for y in (1, sign[:, None]) for x in (1, sign)]
-    return torch.from_numpy(np.stack(turned).reshape(8, len(low), -1)[:, :, 1:])
+def _views(thumbnails: Tensor) -> Tensor:
+    """(V, N, D) low frequencies of the images in eight orientations, then of their crops, of length 1."""
+    count, size = thumbnails.shape[:2]
+    views = torch.empty(len(_INVERSE), count, _FREQUENCIES**2 - 1)
+    sign = (-1) ** torch.arange(_FREQUENCIES).float()  # of a mirrored cosine
+    for start in range(0, count, _BLOCK):
+        images = thumbnails[start : start + _BLOCK].float()
+        low = _low(images)
+        turned = [low * y * x for low in (low, low.mT) for y in (1, sign[:, None]) for x in (1, sign)]
+        block = torch.stack(turned + [_low(images, *crop) for crop in _CROPS]).flatten(2)[..., 1:]
+        length = block.norm(dim=2, keepdim=True)
+        views[:, start : start + _BLOCK] = block * (length > size * _FLAT) / length.clamp(min=1)  # nothing is like a flat image
+    return views
 
 
-def _references(views: Tensor) -> tuple[Tensor, Tensor, Callable[[np.ndarray], np.ndarray]]:
+def _low(images: Tensor, scale: float = 1.0, x: float = 0.0, y: float = 0.0) -> Tensor:
+    """(N, F, F) low frequencies of the images at scale * place + (x, y)."""
+    size = images.shape[-1]
+    frequencies = torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho")[:_FREQUENCIES]).float()
+    across, down = (frequencies @ _interpolation(scale * _places(size) + shift, size) for shift in (x, y))
+    return down @ images @ across.mT
+
+
+def _references(views: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, float, float]:
     """What the sample, the first M of N images, tells of each.
 
     Returns:
-        (N, 8, L) numbers of the nearest images of the sample, by the orientation in which they are near; (N,) references; and
-        how many unrelated images are expected within a ratio.
+        (N, L) numbers of the nearest images of the sample and the (L,) views in which an image is near them; (N,) references;
+        (3, K) pairs at such a distance, as `_candidates` gives them; the crowd, how many of all images are expected within the
+        reference; and the dimension of the set, with which this number falls: crowd * ratio^dimension.
     """
     count = views.shape[1]
     size = min(count, max(1024, int(4 * count**0.5)))
-    sample = views[:, :size].flatten(0, 1)
-    lists, nearest = [], []
+    sample = views[:8, :size].flatten(0, 1)
+    listed, listed_of_crops = min(_LISTS, size), min(_LISTS_OF_CROPS, size)
+    lists, nearest, unrelated = [], [], torch.empty(3, 0, dtype=torch.long)
     for start in range(0, count, _BLOCK):
         likeness = (views[0, start : start + _BLOCK] @ sample.T).unflatten(1, (8, size))
-        lists.append(likeness.topk(min(_LISTS, size), dim=2).indices.int())
+        cropped = views[8:, start : start + _BLOCK] @ views[0, :size].T
+        found = likeness.topk(listed, dim=2), cropped.transpose(0, 1).topk(listed_of_crops, dim=2)
+        lists.append(torch.cat([each.indices.int().flatten(1) for each in found], 1))
         own = torch.arange(min(start, size), min(start + _BLOCK, size))
         likeness[own - start, :, own] = -1
-        nearest.append(likeness.amax(1).topk(min(_FAR, size - 1), dim=1).values)
+        likeness, view = likeness.max(1)
+        near = likeness.topk(min(_FAR, size - 1), dim=1)
+        nearest.append(near.values)
+        if start == 0 and size > _RANK:
+            unrelated = torch.stack([other := near.indices[own, _RANK - 1], own, view[own, other]])
+    shown = torch.cat([_INVERSE[:8].repeat_interleave(listed), _INVERSE[8:].repeat_interleave(listed_of_crops)])
+    lists = torch.cat(lists), shown
     distance = (2 - 2 * torch.cat(nearest)).clamp(min=1e-6).sqrt()
     if size <= _RANK:  # too few to know: unrelated images are taken for uncorrelated
-        return torch.cat(lists), torch.full((count,), 2**0.5), np.zeros_like
+        return lists, torch.full((count,), 2**0.5), unrelated, 0.0, 1.0
     if size <= _FAR:
-        return torch.cat(lists), distance[:, _RANK - 1], np.zeros_like
+        return lists, distance[:, _RANK - 1], unrelated, 0.0, 1.0
     # Twice the neighbours are 2^(1/d) times as far; the nearest, which may be duplicates, do not count.
     dimension = np.log(2) / max(float((distance[:, -1] / distance[:, _FAR // 2 - 1]).log().median()), 1e-2)
-    return torch.cat(lists), distance[:, _RANK - 1], lambda ratio: count / size * _RANK * ratio**dimension
+    return lists, distance[:, _RANK - 1], unrelated, count / size * _RANK, dimension
 
 
-def _candidates(views: Tensor, lists: Tensor, reference: Tensor) -> Tensor:
-    """(3, P) pairs a < b, and the orientation in which a is near b."""
-    length = lists.shape[2]
-    order, ends = [], []
-    for near in (lists[:, :1], lists):
+def _candidates(views: Tensor, lists: tuple[Tensor, Tensor], gate: Tensor) -> Tensor:
+    """(3, P) pairs of images: the first, turned by the view, is near the second, or is near the view, a crop, of the second."""
+    lists, shown = lists
+    upright_lists, order, ends = lists[:, shown == 0], [], []
+    for near in (upright_lists, lists):
         flat, index = near.flatten().sort(stable=True)
         order.append(index)
         ends.append(torch.searchsorted(flat, torch.arange(int(lists.max()) + 2, dtype=flat.dtype)).tolist())
+    least = 1 - gate**2 / 2  # likeness
     found = []
     for i in range(len(ends[0]) - 1):
-        upright = order[0][ends[0][i] : ends[0][i + 1]] // length
-        turned = order[1][ends[1][i] : ends[1][i + 1]] // length
-        image, view = turned // 8, _INVERSE[turned % 8]
-        distance = (2 - 2 * views[view, image] @ views[0, upright].T).clamp(min=0).sqrt()
-        limit = _GATE * torch.minimum(reference[image][:, None], reference[upright])
-        a, b = ((distance <= limit) & (image[:, None] != upright)).nonzero(as_tuple=True)
+        upright = order[0][ends[0][i] : ends[0][i + 1]] // upright_lists.shape[1]
+        other = order[1][ends[1][i] : ends[1][i + 1]]
+        image, view = other // len(shown), shown[other % len(shown)]
+        likeness = views[view, image] @ views[0, upright].T
+        is_near = likeness >= torch.maximum(least[image][:, None], least[upright])
+        a, b = (is_near & (image[:, None] != upright)).nonzero(as_tuple=True)
         pair, view = torch.stack([image[a], upright[b]]), view[a]
-        view = torch.where(pair[0] < pair[1], view, _INVERSE[view])
-        found.append(torch.cat([pair.sort(0).values, torch.stack([view, (1e4 * distance[a, b]).round().long()])]))
-    table = pd.DataFrame(torch.cat(found, 1).T.numpy(), columns=["a", "b", "view", "distance"])
-    table = table.sort_values(["distance", "a", "b", "view"]).drop_duplicates(["a", "b"])
+        is_ordered = (pair[0] < pair[1]) & (view < 8)  # of a crop the whole image is second
+        pair, view = torch.where(is_ordered, pair, pair.flip(0)), torch.where(is_ordered, view, _INVERSE[view])
+        distance = (1e4 * (2 - 2 * likeness[a, b]).clamp(min=0).sqrt()).round().long()
+        found.append(torch.cat([pair, torch.stack([view, distance])]))
+    table = pd.DataFrame(torch.cat(found, 1).T.numpy(), columns=["moving", "fixed", "view", "distance"])
+    table = table.assign(a=table[["moving", "fixed"]].min(axis=1), b=table[["moving", "fixed"]].max(axis=1))
+    table = table.sort_values(["distance", "a", "b", "view", "moving"]).drop_duplicates(["a", "b"])
     ranks = [table.groupby(side).cumcount() for side in "ab"]
-    return torch.from_numpy(table[np.minimum(*ranks) < _KEPT][["a", "b", "view"]].to_numpy().T.copy())
+    return torch.from_numpy(table[np.minimum(*ranks) < _KEPT][["moving", "fixed", "view"]].to_numpy().T.copy())
 
 
-def _aligned(thumbnails: Tensor, a: Tensor, b: Tensor, view: Tensor) -> Tensor:
-    """(P,) distances of images a, turned and aligned to b, from b."""
-    found = [torch.empty(0)]
-    for start in range(0, len(a), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        moving, turn = thumbnails[a[block]].float(), view[block, None, None]
-        moving = torch.where(turn >= 4, moving.mT, moving)
-        moving = torch.where(turn // 2 % 2 == 1, moving.flip(1), moving)
-        found.append(_distance(torch.where(turn % 2 == 1, moving.flip(2), moving), thumbnails[b[block]].float()))
-    return torch.cat(found)
+def _aligned(thumbnails: Tensor, moving: Tensor, fixed: Tensor, view: Tensor, limit: Tensor | None = None) -> Tensor:
+    """(P,) distances of the first images, turned and aligned to the second, from those; infinite where not within (P,) limits.
+
+    They are fitted at 16, at 32 and at 64 pixels, each time those only that were within their limit before.
+    """
+    crops = torch.tensor([(1.0, 0.0, 0.0)] * 8 + _CROPS)[view]
+    scale, shift = 1 / crops[:, :1].expand(-1, 2), -crops[:, 1:] / crops[:, :1]  # of a whole image that becomes its crop
+    limit = torch.full(view.shape, torch.inf) if limit is None else limit
+    near, distance = torch.arange(len(view)), torch.full(view.shape, torch.inf)
+    for factor, steps in ((4, 4), (2, 1), (1, 1)):
+        found = [(torch.empty(0), torch.empty(0, 2), torch.empty(0, 2))]
+        for chosen in near.split(_BLOCK) if len(near) else ():
+            images, turn = thumbnails[moving[chosen]].float(), torch.where(view[chosen] < 8, view[chosen], 0)[:, None, None]
+            images = torch.where(turn >= 4, images.mT, images)
+            images = torch.where(turn // 2 % 2 == 1, images.flip(1), images)
+            images = torch.where(turn % 2 == 1, images.flip(2), images)
+            both = (_blur(_blur(F.avg_pool2d(each, factor))) for each in (images, thumbnails[fixed[chosen]].float()))
+            found.append(_fitted(*both, scale[chosen], shift[chosen], steps))
+        fitted, scale[near], shift[near] = (torch.cat(each) for each in zip(*found, strict=True))
+        near, fitted = near[fitted <= limit[near]], fitted[fitted <= limit[near]]
+    distance[near] = fitted
+    return distance
 
 
-def _distance(moving: Tensor, fixed: Tensor) -> Tensor:
-    """sqrt(1 - correlation) of (P, 32, 32) images, where they overlap once scale and shift are fitted."""
-    scale, shift = torch.ones(len(fixed), 2), torch.zeros(len(fixed), 2)  # in x and y; the image is from -1 to 1
-    moving, fixed = _blur(moving), _blur(fixed)
-    halves = [_blur(F.avg_pool2d(images, 2)) for images in (moving, fixed)]
-    for source, target, steps in ((*halves, 4), (moving, fixed, 1)):
-        place = _places(source.shape[-1])
-        for _ in range(steps):
-            warped, inside = _warp(source, scale, shift)
-            slope_y, slope_x = torch.gradient(warped, spacing=2 / len(place), dim=(1, 2))
-            slope_x, slope_y = slope_x / scale[:, 0, None, None], slope_y / scale[:, 1, None, None]
-            terms = [slope_x * place, slope_y * place[:, None], slope_x, slope_y, warped, torch.ones_like(warped)]
-            terms = (torch.stack(terms, 1) * inside[:, None]).flatten(2)
-            square = terms @ terms.mT
-            ridge = 1e-4 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-3
-            square = square + ridge[:, None, None] * torch.eye(6)
-            solved = torch.linalg.solve(square, terms @ target.flatten(1)[:, :, None])[:, :, 0]
-            step = (solved[:, :4] / solved[:, 4:5].clamp(min=0.2)).clamp(-0.15, 0.15)
-            scale, shift = (scale + step[:, :2]).clamp(0.75, 4 / 3), (shift + step[:, 2:]).clamp(-0.3, 0.3)
+def _fitted(moving: Tensor, fixed: Tensor, scale: Tensor, shift: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) sqrt(1 - correlation) of (P, S, S) images where they overlap, once scale and shift (P, 2) are fitted, and those.
+
+    The pixels that differ most, 5 %, do not count: text may lie on one of the images.
+    """
+    place = _places(moving.shape[-1])
+    for _ in range(steps):
+        warped, inside = _warp(moving, scale, shift)
+        slope_y, slope_x = torch.gradient(warped, spacing=2 / len(place), dim=(1, 2))
+        slope_x, slope_y = slope_x / scale[:, 0, None, None], slope_y / scale[:, 1, None, None]
+        terms = [slope_x * place, slope_y * place[:, None], slope_x, slope_y, warped, torch.ones_like(warped)]
+        terms = (torch.stack(terms, 1) * inside[:, None]).flatten(2)
+        square = terms @ terms.mT
+        ridge = 1e-4 * square.diagonal(dim1=1, dim2=2).mean(1) + 1e-3
+        square = square + ridge[:, None, None] * torch.eye(6)
+        solved = torch.linalg.solve(square, terms @ fixed.flatten(1)[:, :, None])[:, :, 0]
+        step = (solved[:, :4] / solved[:, 4:5].clamp(min=0.2)).clamp(-0.15, 0.15)
+        scale, shift = (scale + step[:, :2]).clamp(0.75, 4 / 3), (shift + step[:, 2:]).clamp(-0.3, 0.3)
     warped, inside = _warp(moving, scale, shift)
-    both = torch.stack([warped, fixed]).flatten(2)
-    inside = inside.flatten(1)
-    both = (both - (both * inside).sum(2, keepdim=True) / inside.sum(1, keepdim=True)) * inside
-    norms = both.norm(dim=2)
-    correlation = both.prod(0).sum(1) / norms.prod(0).clamp(min=1)
-    return (1 - correlation).clamp(min=0).sqrt()
+    both, inside = torch.stack([warped, fixed]).flatten(2), inside.flatten(1)
+    difference = _standardised(both, inside).diff(dim=0)[0].abs()
+    largest = difference.kthvalue(int((1 - _OTHER) * difference.shape[1]), dim=1, keepdim=True).values
+    correlation = _standardised(both, inside * (difference <= largest)).prod(0).sum(1)
+    return (1 - correlation).clamp(min=0).sqrt(), scale, shift
+
+
+def _standardised(images: Tensor, inside: Tensor) -> Tensor:
+    """(2, P, S * S) images without their mean, of length 1, 0 outside."""
+    images = (images - (images * inside).sum(2, keepdim=True) / inside.sum(1, keepdim=True)) * inside
+    return images / images.norm(dim=2, keepdim=True).clamp(min=1)
 
 
 def _blur(images: Tensor) -> Tensor:
@@ -229,12 +279,18 @@ def _places(size: int) -> Tensor:
     return (torch.arange(size) + 0.5) * 2 / size - 1
 
 
+def _interpolation(place: Tensor, size: int) -> Tensor:
+    """(..., S) weights of S pixels at (...) places from -1 to 1, linear."""
+    pixel = (place + 1) * size / 2 - 0.5
+    return (1 - (pixel.clamp(0, size - 1)[..., None] - torch.arange(size)).abs()).clamp(min=0)
+
+
 def _warp(images: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Each image at scale * place + shift, by linear interpolation, and (P, S, S) where that is inside of it."""
     size = images.shape[-1]
-    pixel = ((scale[:, :, None] * _places(size) + shift[:, :, None]) + 1) * size / 2 - 0.5  # (P, 2, S)
-    weights = (1 - (pixel.clamp(0, size - 1)[..., None] - torch.arange(size)).abs()).clamp(min=0)
-    inside = ((pixel > -0.51) & (pixel < size - 0.49)).float()
+    place = scale[:, :, None] * _places(size) + shift[:, :, None]  # (P, 2, S)
+    inside = (place.abs() < 1 + 0.02 / size).float()
+    weights = _interpolation(place, size)
     return weights[:, 1] @ images @ weights[:, 0].mT, inside[:, 1, :, None] * inside[:, 0, None]
 
 
@@ -352,7 +408,7 @@ def leakage_gain(signatures: Signatures, labels: np.ndarray, splits: dict[str, l
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    pixels = signatures.thumbnails.reshape(len(signatures), 16, 2, 16, 2).mean((2, 4)).reshape(len(signatures), -1)
+    pixels = F.adaptive_avg_pool2d(torch.from_numpy(signatures.thumbnails).float(), 16).flatten(1).numpy()
     classifiers = {
         "nearest neighbour": KNeighborsClassifier(1),
         "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from hdkd_lib.data import leakage
 from hdkd_lib.data.cache import Signatures, decode
@@ -103,6 +103,14 @@ def test_mirrored_and_turned_copies_are_found_with_their_orientation(tmp_path, c
     near = near_duplicates(signatures)
     assert near[["a", "b"]].to_numpy().tolist() == [[0, 12], [1, 13], [2, 14]]
     assert set(near.orientation) == {orientation.name.lower()}
+
+
+def test_a_copy_with_text_on_it_is_found(tmp_path, cache):
+    copies = [smooth(i).convert("L") for i in range(3)]
+    for copy in copies:
+        ImageDraw.Draw(copy).text((20, 4), "ID 1234", 255, ImageFont.load_default(8))
+    near = near_duplicates(sign(*map(smooth, range(40)), *copies, tmp_path=tmp_path))
+    assert near[["a", "b"]].to_numpy().tolist() == [[0, 40], [1, 41], [2, 42]]
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 76), (5, 4, 96, 80), (10, 0, 96, 72)])
@@ -341,7 +349,8 @@ def test_what_the_command_line_cannot_read_is_said_in_a_sentence(leaky, cache, m
 # --- precision and recall on generated copies ---
 
 FOUND = ("JPEG, quality 90", "JPEG, quality 60", "darker by 30 %", "mirrored", "turned by 90 degrees")
-PHOTOGRAPHS = (*FOUND, "JPEG, quality 30", "resized by 0.7", "cropped by 5 %", "brighter by 30 %", "text overlaid")
+FOUND += ("JPEG, quality 30", "resized by 0.7", "cropped by 5 %", "brighter by 30 %")
+PHOTOGRAPHS = (*FOUND, "cropped by 10 %", "text overlaid")
 
 
 def measured(source: Source, each: int, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
@@ -360,9 +369,7 @@ def test_copies_of_digits_are_found_and_no_other_digits(cache, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "changes"), [("brain_tumor", (*FOUND, "JPEG, quality 30")), ("imagenette", PHOTOGRAPHS), ("cifar10", FOUND)]
-)
+@pytest.mark.parametrize(("name", "changes"), [("brain_tumor", FOUND), ("imagenette", PHOTOGRAPHS), ("cifar10", PHOTOGRAPHS)])
 def test_copies_of_real_images_are_found_and_no_others(real, cache, monkeypatch, name, changes):
     source = real(name).source
     chosen = np.sort(np.random.default_rng(0).permutation(len(source.ids))[:1500])
@@ -377,7 +384,7 @@ def test_most_of_cifar10s_published_near_duplicates_are_found(real):
     known = pd.read_csv(Path(__file__).parents[2] / "results/audits/cifar10/cifair_pairs.csv")
     near = known[known.kind.str.startswith("near-duplicate")]
     group = dict(zip(data.source.ids, data.audit.duplicate_groups, strict=True))
-    assert np.mean([group[a] == group[b] for a, b in zip(near.a, near.b, strict=True)]) >= 0.75
+    assert np.mean([group[a] == group[b] for a, b in zip(near.a, near.b, strict=True)]) >= 0.8
     assert 300 <= data.audit.summary["test_images_with_exact_or_near_duplicate_in_train"] <= 600
     assert data.audit.pairs.is_conflict.mean() < 0.01, "unrelated images would mostly have two labels"
 

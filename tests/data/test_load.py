@@ -93,6 +93,7 @@ def test_a_long_chain_is_joined_only_if_asked_and_the_configuration_says_so(imag
     assert joined.config.items() >= {"join_chains": True}.items()
     assert "join_chains" not in apart.config, "as in runs that were made before"
     assert joined.config["split"] != apart.config["split"]
+    assert module.load_as(joined.config, root).config == joined.config
 
 
 def test_the_rules_version_is_in_the_hash_of_the_split(published, monkeypatch):

@@ -203,6 +203,8 @@ def differences(runs: Path, undisturbed: Path, said: str) -> list[str]:
         if measured[0] != measured[1]:
             found.append(f"{expected.name}/metrics.json is another")
     for path in [*runs.rglob("*"), *(runs.parent / "cache").rglob("*")]:
+        if "~" in str(path.parent):  # a run set aside keeps its checkpoint
+            continue
         if re.fullmatch(r"\.building-.*|\..+\.\d+|checkpoint[^~]*", path.name):
             found.append(f"{path.name} was left")
         if path.name.endswith("~damaged") and f"{path.name.removesuffix('~damaged')} is damaged" not in said:
