@@ -24,8 +24,8 @@ PATTERNS = {
 def make_textures(folder: str | Path, per_class: int = 150, size: int = 64, seed: int = 0) -> Path:
     """Writes an image folder of three classes, checks, dots and stripes, as PNG files of `size` pixels.
 
-    Colours, period, angle and place are drawn at random, and noise lies over all. Two images of each class are there twice, so
-    that the audit has something to find. The same arguments give the same pixels; files of these names are replaced.
+    Colours, period, angle, place and bend are drawn at random, and noise lies over all. Two images of each class are there
+    twice, so that the audit has something to find. The same arguments give the same pixels; files of these names are replaced.
     """
     folder, random = Path(folder), np.random.default_rng(seed)
     for name, pattern in PATTERNS.items():
@@ -39,8 +39,10 @@ def make_textures(folder: str | Path, per_class: int = 150, size: int = 64, seed
 def _texture(pattern: Callable, size: int, random: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:size, :size]
     angle, period, (at_u, at_v) = random.uniform(0, math.pi), random.uniform(size / 6, size / 3), random.uniform(0, 9, 2)
-    u = 2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + at_u
-    v = 2 * math.pi / period * (y * math.cos(angle) - x * math.sin(angle)) + at_v
+    waves = random.uniform(-2 * math.pi, 2 * math.pi, (2, 2)) / size
+    bend = 1.5 * np.sin(np.tensordot(waves, np.stack([x, y]), 1) + random.uniform(0, 2 * math.pi, (2, 1, 1)))
+    u = 2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + at_u + bend[0]
+    v = 2 * math.pi / period * (y * math.cos(angle) - x * math.sin(angle)) + at_v + bend[1]
     colours = np.stack([random.uniform(20, 90, 3), random.uniform(140, 235, 3)])  # light on dark
     pixels = colours[(pattern(u, v) > 0).astype(int)] + random.normal(0, 45, (size, size, 3))
     return pixels.clip(0, 255).astype(np.uint8)

@@ -193,9 +193,9 @@ def unrelated(sources: list[Source], count: int) -> np.ndarray:
     for _ in range(count - len(made[0])):
         two = []
         for i in random.integers(0, len(thumbnails), 2):
-            y, x = random.integers(0, 11, 2)
-            crop = Image.fromarray(np.rot90(thumbnails[i], random.integers(4)).copy()[y : y + 22, x : x + 22])
-            two.append(np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR), np.float32))
+            y, x = random.integers(0, 22, 2)
+            crop = Image.fromarray(np.rot90(thumbnails[i], random.integers(4)).copy()[y : y + 43, x : x + 43])
+            two.append(np.asarray(crop.resize((64, 64), Image.Resampling.BILINEAR), np.float32))
         made.append((sum(two) / 2).astype(np.uint8)[None])
     return np.concatenate(made)
 
