@@ -323,17 +323,20 @@ def loss_terms(history: pd.DataFrame, terms: Mapping[str, str], yscale: str = "l
 
 
 def agreement(scores: Mapping[str, Sequence[float]], stages: Sequence[str]) -> Figure:
-    """Feature agreement with the teacher (linear CKA) per stage, one group of bars per stage."""
+    """Feature agreement with the teacher (linear CKA) by stage, a bar per student; further arms of one method are hatched."""
     import seaborn as sns  # takes seconds
 
     rows = [(stage, name, value) for name, values in scores.items() for stage, value in zip(stages, values, strict=True)]
     alt = f"Linear CKA with the teacher's features at {_listed(stages)}: {_listed(scores)}."
     figure, axis = _subplots(figsize=(5.5, 3), alt=alt)
-    colors = {name: style["color"] for name, style in styles(list(scores)).items()}
+    styled = styles(list(scores))
     table = pd.DataFrame(rows, columns=["stage", "student", "CKA"])
-    sns.barplot(table, x="stage", y="CKA", hue="student", palette=colors, ax=axis)
+    sns.barplot(table, x="stage", y="CKA", hue="student", palette={name: of["color"] for name, of in styled.items()}, ax=axis)
     axis.set(ylim=(0, 1), ylabel="linear CKA with the teacher", xlabel="")
     sns.move_legend(axis, "lower center", bbox_to_anchor=(0.5, 1), ncol=len(scores), title=None, frameon=False)
+    for style, bars, patch in zip(styled.values(), axis.containers, axis.get_legend().get_patches(), strict=True):
+        for bar in (*bars, patch):
+            bar.set_hatch("" if style["fillstyle"] == "full" else "////")
     return figure
 
 

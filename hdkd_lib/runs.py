@@ -457,8 +457,9 @@ def load(folder: str | Path) -> pd.DataFrame:
     Networks trained without a teacher come first, then by name. Columns: run (the arm, with the fraction of the training part
     if that is not 1), arm, replicate, path, method, student, teacher, dataset, image_size, protocol, fold, fraction, draw,
     patients ("declared" or "not known": which images are of one), seed, epochs, epoch, parameters, seconds, images_per_second,
-    selection (the part that chose the epoch), precision, device, commit, the test metrics of the chosen epoch (`last_...` those
-    of the last epoch, `ema_...` of the moving average), and last_train_accuracy, on the training images without augmentation.
+    synthesis_seconds (of making images from the teacher), selection (the part that chose the epoch), precision, device, commit,
+    the test metrics of the chosen epoch (`last_...` those of the last epoch, `ema_...` of the moving average), and
+    last_train_accuracy, on the training images without augmentation.
     What older runs did not record is nan, or no column where all are older.
 
     Raises:
@@ -494,6 +495,7 @@ def load(folder: str | Path) -> pd.DataFrame:
                 "epochs": config["recipe"]["epochs"],
                 "epoch": metrics["best"]["epoch"],
                 **{key: metrics[key] for key in ("parameters", "seconds", "images_per_second")},
+                **{key: metrics[key] for key in ("synthesis_seconds",) if key in metrics},
                 "selection": "test" if config["recipe"].get("protocol") == "paper" else "validation",
                 "precision": config["precision"],
                 "device": where["device"],

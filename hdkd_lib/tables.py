@@ -312,12 +312,14 @@ def times(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     """Training time by arm in units of the plain student's, from which it descends by `like`: own, and teacher (its teachers').
 
     From the steps of results/benchmarks/PLAN-steps.json (`make benchmark NAME=plan_steps`), timed on an idle machine; without
-    it from the runs' own seconds, among which others ran. attrs["measured"] says which.
+    it, or where images are made from the teacher, whose making then counts as the arm's own time, from the runs' own seconds,
+    among which others ran. attrs["measured"] says which.
     """
-    arms, seconds = plan.get("runs", {}), frame.groupby("arm", sort=False).seconds.mean()
+    arms, made = plan.get("runs", {}), frame.get("synthesis_seconds", pd.Series(np.nan, frame.index))
+    seconds = (frame.seconds + made.fillna(0)).groupby(frame.arm, sort=False).mean()
     file = runs.ROOT / "results" / "benchmarks" / f"{plan.get('name')}-steps.json"
     measured = "measured beside other runs"
-    if file.exists():
+    if file.exists() and made.isna().all():
         measured = "from steps on an idle machine"
         speed, epochs = json.loads(file.read_text())["images_per_second"], dict(frame.groupby("arm").epochs.first())
         planned = {arm: _merged(plan.get("parameters", {}), _resolved(arms, arm)).get("recipe", {}) for arm in arms}

@@ -253,6 +253,10 @@ def test_training_time_shows_the_teachers_apart(frame):
 def test_agreement_has_a_bar_per_stage_and_student():
     (axis,) = figures.agreement({"alone": [0.1, 0.2], "hdkd": [0.8, 0.9]}, ["stage 1", "stage 2"]).axes
     assert [[bar.get_height() for bar in bars] for bars in axis.containers] == [[0.1, 0.2], [0.8, 0.9]]
+    assert not any(bar.get_hatch() for bars in axis.containers for bar in bars)
+    (axis,) = figures.agreement({"dearkd": [0.1], "dearkd_single": [0.1]}, ["stage 1"]).axes
+    hatched = [patch.get_hatch() for patch in (*(bars[0] for bars in axis.containers), *axis.get_legend().get_patches())]
+    assert hatched == ["", "////", "", "////"], "of one colour"
     with pytest.raises(ValueError, match="zip"):
         figures.agreement({"alone": [0.1]}, ["stage 1", "stage 2"])
 

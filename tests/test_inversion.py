@@ -16,6 +16,7 @@ from hdkd_lib import data, inversion
 from hdkd_lib.data.batches import Preprocess
 from hdkd_lib.inversion import PRESETS, Inversion, invert, synthesize
 from hdkd_lib.methods import Supervised
+from hdkd_lib.runs import load
 from hdkd_lib.training import fit
 
 TINY = Inversion(batch_size=8, lr=0.1, stages=((0.5, 3), (1.0, 4)), warmup=2, cosine=True, tv=1e-3, batchnorm=0.1, jitter=1)
@@ -335,6 +336,8 @@ def test_a_run_on_made_images_says_what_they_cost(of_digits, digits, recipe, bui
     assert runs[0].metrics["synthesis_seconds"] == 12.5
     assert runs[0].metrics["images"] == {"train": len(made.train), "val": len(made.val), "test": 60}
     assert "synthesis_seconds" not in runs[1].metrics
+    frame = load(tmp_path).set_index("path").synthesis_seconds
+    assert (frame[str(tmp_path / "made" / "run")], frame.isna().sum()) == (12.5, 1)
 
 
 # Quality

@@ -254,6 +254,8 @@ def test_selection_bias_is_the_difference_to_the_arm_that_is_honest(simulated):
 def test_training_times_count_the_teacher_and_the_epochs(folder, tmp_path, monkeypatch):
     frame = runs.load(folder)
     assert tables.times(frame, PLAN).loc["deit"].tolist() == [1, 1]  # all runs took ten seconds
+    made = frame.assign(synthesis_seconds=np.where(frame.arm == "deit", 25.0, np.nan))
+    assert tables.times(made, PLAN).loc["deit"].tolist() == [3.5, 1], "its images were made from the teacher"
     file = tmp_path / "results" / "benchmarks" / "simulated-steps.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"images_per_second": {"teacher": 50.0, "vit": 100.0, "deit": 80.0, "cskd": 40.0}}))
@@ -262,6 +264,7 @@ def test_training_times_count_the_teacher_and_the_epochs(folder, tmp_path, monke
     assert math.isnan(times.loc["cskd_local"].own), "nobody has timed it"
     assert times.loc["deit"].tolist() == pytest.approx([1.25, 2.0])
     assert times.loc["cskd"].tolist() == pytest.approx([5.0, 2.0])
+    assert tables.times(made, PLAN).loc["deit"].tolist() == [3.5, 1], "steps say nothing of images that are made"
     assert tables.verdicts(frame, PLAN)["training time"].tolist() == ["4.5 : 1.0", "4.5 : 3.2", "3.2 : 1.0"]
 
 

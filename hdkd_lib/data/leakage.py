@@ -14,15 +14,15 @@ they are much closer than unrelated images of the same set. The rule is OUR CHOI
    (Gauss-Newton; Baker and Matthews 2004), from the crop that was found. The distance is sqrt(1 - correlation) where the two
    images overlap, without the 5 % of pixels that differ most: text may lie on them. References are scaled by what alignment
    makes of the distances of unrelated images.
-4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most 1/4, and at most 2e-4 unrelated images
+4. *Decision.* The ratio of this distance to the smaller reference (Lowe 2004) is at most .245; at most 2e-4 unrelated images
    are expected within it by chance (a contrario; Desolneux, Moisan and Morel 2000). Their number grows with the size of the set
    and with ratio^d, where d is the dimension of the set, from how fast neighbours are found (as in Levina and Bickel 2004).
 
-Photographs have many dimensions and are joined up to a quarter of the usual distance; handwritten digits, which are all alike,
-only if they are nearly equal. Precision and recall are in results/audits: near_duplicates.csv for generated copies in every set
-at hand, known_duplicates.csv for CIFAR-10's published list (Barz and Denzler 2020). In sets of small images that are all alike,
-such as digits, most copies that were resized, compressed or written on are missed. Neighbouring slices of a scan and
-photographs of a lesion from nearly the same place are joined, too; other views of a scene or of a patient are not found.
+Photographs have many dimensions and are joined up to nearly a quarter of the usual distance; handwritten digits, which are all
+alike, only if they are nearly equal. Precision and recall are in results/audits: near_duplicates.csv for generated copies in
+every set at hand, known_duplicates.csv for CIFAR-10's published list (Barz and Denzler 2020). In sets of small images that are
+all alike, such as digits, most copies that were resized, compressed or written on are missed. Neighbouring slices of a scan
+and photographs of a lesion from nearly the same place are joined, too; other views of a scene or of a patient are not found.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from hdkd_lib.data.groups import with_groups
 from hdkd_lib.data.sources import Source, open_source
 from hdkd_lib.data.splits import RULE
 
-LARGEST_RATIO = 1 / 4  # of a pair's distance to that of unrelated images
+LARGEST_RATIO = 0.245  # of a pair's distance to that of unrelated images
 FALSE_ALARMS = 2e-4  # unrelated images that may be expected as near as a duplicate
 CHAIN = 0.1  # a chain of near duplicates with more of a class is not joined (OUR CHOICE), if it is of more than ten images
 
@@ -60,6 +60,7 @@ _COARSE = 0.6  # of the reference: more distant pairs are not looked at more clo
 _OTHER = 0.05  # of the pixels, those that differ most, do not count: text may lie on them
 _FLAT = 0.5  # standard deviation, of 255, below which a thumbnail shows nothing
 _BLOCK = 1024  # images or pairs at a time
+_PAIRS = 1_000_000  # candidates at a time
 
 # Transposed or not, then flipped vertically or not, then horizontally; PIL's names.
 _ORIENTATIONS = np.array(
@@ -189,7 +190,7 @@ def _candidates(views: Tensor, lists: tuple[Tensor, Tensor], gate: Tensor) -> Te
         order.append(index)
         ends.append(torch.searchsorted(flat, torch.arange(int(lists.max()) + 2, dtype=flat.dtype)).tolist())
     least = 1 - gate**2 / 2  # likeness
-    found = []
+    found, count, kept = [], 0, 0
     for i in range(len(ends[0]) - 1):
         upright = order[0][ends[0][i] : ends[0][i + 1]] // upright_lists.shape[1]
         other = order[1][ends[1][i] : ends[1][i + 1]]
@@ -201,12 +202,21 @@ def _candidates(views: Tensor, lists: tuple[Tensor, Tensor], gate: Tensor) -> Te
         is_ordered = (pair[0] < pair[1]) & (view < 8)  # of a crop the whole image is second
         pair, view = torch.where(is_ordered, pair, pair.flip(0)), torch.where(is_ordered, view, _INVERSE[view])
         distance = (1e4 * (2 - 2 * likeness[a, b]).clamp(min=0).sqrt()).round().long()
-        found.append(torch.cat([pair, torch.stack([view, distance])]))
-    table = pd.DataFrame(torch.cat(found, 1).T.numpy(), columns=["moving", "fixed", "view", "distance"])
+        found.append(torch.cat([pair, torch.stack([view, distance])]).int())
+        count += len(a)
+        if count > 2 * kept + _PAIRS:  # few are kept; memory stays small
+            found = [_nearest(torch.cat(found, 1))]
+            count = kept = found[0].shape[1]
+    return _nearest(torch.cat(found, 1))[:3].long()
+
+
+def _nearest(pairs: Tensor) -> Tensor:
+    """Of (4, P) pairs with view and distance each once, in its nearest view, if near enough to be kept for either image."""
+    table = pd.DataFrame(pairs.T.numpy(), columns=["moving", "fixed", "view", "distance"])
     table = table.assign(a=table[["moving", "fixed"]].min(axis=1), b=table[["moving", "fixed"]].max(axis=1))
     table = table.sort_values(["distance", "a", "b", "view", "moving"]).drop_duplicates(["a", "b"])
     ranks = [table.groupby(side).cumcount() for side in "ab"]
-    return torch.from_numpy(table[np.minimum(*ranks) < _KEPT][["moving", "fixed", "view"]].to_numpy().T.copy())
+    return torch.from_numpy(table[np.minimum(*ranks) < _KEPT].to_numpy()[:, :4].T.copy())
 
 
 def _aligned(thumbnails: Tensor, moving: Tensor, fixed: Tensor, view: Tensor, limit: Tensor | None = None) -> Tensor:
@@ -219,14 +229,19 @@ def _aligned(thumbnails: Tensor, moving: Tensor, fixed: Tensor, view: Tensor, li
     limit = torch.full(view.shape, torch.inf) if limit is None else limit
     near, distance = torch.arange(len(view)), torch.full(view.shape, torch.inf)
     for factor, steps in ((4, 4), (2, 1), (1, 1)):
-        found = [(torch.empty(0), torch.empty(0, 2), torch.empty(0, 2))]
-        for chosen in near.split(_BLOCK) if len(near) else ():
-            images, turn = thumbnails[moving[chosen]].float(), torch.where(view[chosen] < 8, view[chosen], 0)[:, None, None]
+        used = torch.cat([moving[near], fixed[near]]).unique()  # an image is in many pairs
+        if not len(used):
+            return distance
+        parts = used.split(_BLOCK)
+        pooled = torch.cat([_blur(_blur(F.avg_pool2d(thumbnails[part].float(), factor))).half() for part in parts])
+        found = []
+        for chosen in near.split(_BLOCK):
+            images, target = (pooled[torch.searchsorted(used, side[chosen])].float() for side in (moving, fixed))
+            turn = torch.where(view[chosen] < 8, view[chosen], 0)[:, None, None]
             images = torch.where(turn >= 4, images.mT, images)
             images = torch.where(turn // 2 % 2 == 1, images.flip(1), images)
             images = torch.where(turn % 2 == 1, images.flip(2), images)
-            both = (_blur(_blur(F.avg_pool2d(each, factor))) for each in (images, thumbnails[fixed[chosen]].float()))
-            found.append(_fitted(*both, scale[chosen], shift[chosen], steps))
+            found.append(_fitted(images, target, scale[chosen], shift[chosen], steps))
         fitted, scale[near], shift[near] = (torch.cat(each) for each in zip(*found, strict=True))
         near, fitted = near[fitted <= limit[near]], fitted[fitted <= limit[near]]
     distance[near] = fitted

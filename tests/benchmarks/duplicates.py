@@ -160,7 +160,7 @@ def measure_pairs(options: argparse.Namespace) -> None:
 def measure_scale(options: argparse.Namespace) -> None:
     """Seconds (of the processor and on the clock) and peak memory by the number of images, each in a process of its own."""
     if options.count:
-        thumbnails = np.load(options.sets[0])[: options.count]
+        thumbnails = np.load(options.sets[0], mmap_mode="r")[: options.count]
         hashes = np.array([f"{h:016x}" for h in np.random.default_rng(0).permutation(len(thumbnails))])
         signatures = Signatures(hashes, thumbnails, np.full((len(thumbnails), 2), 64))
         before, start, clock = peak_mib(), time.process_time(), time.perf_counter()

@@ -153,6 +153,16 @@ def test_neither_file_order_nor_blocks_decide(monkeypatch):
     pd.testing.assert_frame_equal(near_duplicates(signatures), whole)
 
 
+def test_candidates_are_the_same_however_many_are_held_at_a_time(cache, monkeypatch):
+    _, _, signatures = decode(open_source("digits"), 32)
+    views = leakage._views(torch.from_numpy(signatures.thumbnails[:500]))
+    lists, reference, *_ = leakage._references(views)
+    whole = leakage._candidates(views, lists, reference)
+    monkeypatch.setattr(leakage, "_PAIRS", 300)
+    assert whole.shape[1] > 1000
+    torch.testing.assert_close(leakage._candidates(views, lists, reference), whole, rtol=0, atol=0)
+
+
 @given(st.lists(st.integers(0, 11), min_size=1, max_size=24), st.data())
 def test_pictures_are_the_chains_of_equal_and_near_images(numbers, data):
     hashes = np.array([f"h{i}" for i in numbers])
@@ -370,8 +380,8 @@ def test_copies_of_digits_are_found_and_no_other_digits(cache, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), [("brain_tumor", FOUND), ("imagenette", PHOTOGRAPHS), ("cifar10", FOUND)])
-def test_copies_of_real_images_are_found_and_no_others(real, cache, monkeypatch, name, changes):
-    source = real(name).source
+def test_copies_of_real_images_are_found_and_no_others(real, monkeypatch, name, changes):
+    source = real(name, protocol="official").source
     chosen = np.sort(np.random.default_rng(0).permutation(len(source.ids))[:1500])
     table = measured(source.take(chosen), 25, monkeypatch)
     assert (table.recall[list(changes)] >= 0.9).all()
@@ -385,7 +395,7 @@ def test_most_of_cifar10s_published_near_duplicates_are_found(real):
     near = known[known.kind.str.startswith("near-duplicate")]
     group = dict(zip(data.source.ids, data.audit.duplicate_groups, strict=True))
     assert np.mean([group[a] == group[b] for a, b in zip(near.a, near.b, strict=True)]) >= 0.8
-    assert 300 <= data.audit.summary["test_images_with_exact_or_near_duplicate_in_train"] <= 650
+    assert 300 <= data.audit.summary["test_images_with_exact_or_near_duplicate_in_train"] <= 600
     assert data.audit.pairs.is_conflict.mean() < 0.01, "unrelated images would mostly have two labels"
 
 
