@@ -19,7 +19,7 @@ DEVICE ?= auto
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: help study dry-run test test-slow lint test-oldest lab publish benchmark bench readme notebooks site lock
+.PHONY: help study dry-run test test-slow test-oldest lab publish benchmark bench readme notebooks site lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
 study lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
 study lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
@@ -51,16 +51,14 @@ lab: .venv/installed
 
 test test-slow: export TQDM_DISABLE = 1
 test test-slow: export OMP_NUM_THREADS = 1
-test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" tests
-
-test-slow: lint
-	$(BIN)/pytest -n 2 --dist loadfile tests
-	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
-
-lint: .venv/installed
+test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" tests
+
+test-slow: test
+	$(BIN)/pytest -n 2 --dist loadfile -m slow tests
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with tests/nbval.cfg notebooks
 
 test-oldest:
 	PYTHON=$(PYTHON) CORES=$(CORES) tests/oldest.sh $(ARGUMENTS)
