@@ -3,10 +3,10 @@
     runs.json           by run: config, job, environment, metrics, and split, the key of its split
     history.csv.gz      one row per run and epoch
     splits.csv.gz       one row per split and image: split, id, part, and group where images of one group stay together
-    predictions.csv.gz  one row per test image: id, label (index of its class), and columns per run and epoch (last, best).
-                        Of up to 2,000 test images the probability of every class ("RUN last 0", ...); of more the index of
-                        the predicted class ("RUN last class") and, at the last epoch, its probability in percent ("RUN last
-                        percent") and, where the plan's metric needs them, all probabilities in thousandths
+    predictions.csv.gz  one row per test image: id, label (index of its class), and columns per run: at each epoch kept (last,
+                        best) the index of the predicted class ("RUN last class"); at the last one its probability in percent
+                        ("RUN last percent") and, where the plan's metric needs them, the probabilities of all classes in
+                        thousandths ("RUN last 0", ...). Older plans hold those of both epochs with six digits
 """  # fmt: skip
 
 import hashlib
@@ -20,7 +20,6 @@ import pandas as pd
 from hdkd_lib.runs import PREDICTIONS, Run, packed, packed_table, write_atomically, write_json
 
 DOCUMENTS = ("config", "job", "environment", "metrics")  # files NAME.json of a run folder
-MANY = 2000  # test images: of more only the predicted class is kept
 OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "ece")  # metrics for which that suffices
 
 
@@ -92,14 +91,11 @@ def _compact(run: Run, metric: str) -> pd.DataFrame:
             continue
         of = run.predictions(epoch)
         index = pd.MultiIndex.from_arrays([of.ids, of.labels], names=["id", "label"])
-        by_class = {f"{epoch} {c}": column for c, column in enumerate(of.probabilities.T)}
-        if len(of.ids) <= MANY:
-            columns |= by_class
-            continue
         columns[f"{epoch} class"] = of.predicted
         if epoch == "last":
             columns["last percent"] = np.round(100 * of.confidence)
-            columns |= {name: np.round(1000 * column) for name, column in by_class.items() if metric not in OF_CLASSES}
+            if metric not in OF_CLASSES:
+                columns |= {f"last {c}": np.round(1000 * column) for c, column in enumerate(of.probabilities.T)}
     return pd.DataFrame(columns, index)
 
 

@@ -29,6 +29,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -385,7 +386,10 @@ class Run:
         table = table[columns].dropna().reset_index()
         if columns[0] == f"{own} 0":
             whole = table[columns[: len(classes)]].to_numpy(float)
-            return Predictions.of(table.id, table.label, whole if whole.max() <= 1 else whole / 1000)
+            found = Predictions.of(table.id, table.label, whole if whole.max() <= 1 else whole / 1000)
+            if f"{own} class" in table:  # thousandths can be equal
+                found = replace(found, predicted=table[f"{own} class"].to_numpy(int))
+            return found
         predicted = table[f"{own} class"].to_numpy(int)
         confidence = table[f"{own} percent"].to_numpy(float) / 100 if f"{own} percent" in table else np.full(len(table), np.nan)
         return Predictions(table.id.to_numpy(), table.label.to_numpy(int), predicted, confidence)

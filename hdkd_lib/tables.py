@@ -354,6 +354,9 @@ def provenance(frame: pd.DataFrame, plan: Mapping | None = None) -> str:
     )
     if "patients" in frame and frame.patients.notna().all():
         text += f" Patients or other groups: {first.patients}."
+    if frame.device.nunique() > 1:
+        counted = [f"{device} ({n} run{'s' * (n > 1)})" for device, n in frame.device.value_counts().items()]
+        text += f" Trained on {' and '.join(counted)}."
     if left_out := excluded(first):
         text += f" {len(left_out)} test images with a near-duplicate in the training part are left out."
     if plan.get("questions"):

@@ -291,6 +291,10 @@ def test_the_provenance_says_what_is_irregular(folder):
     assert "cifar10 at 32 px, official split, replicates: draw 0, seed 0; draw 1, seed 1; draw 2" in text
     assert "Accuracy at the last epoch; intervals are simultaneous within a question (95 %)" in text
     assert "Questions changed" not in text
+    assert "Trained on" not in text
+    count = len(frame)
+    frame.loc[1:, "device"] = "NVIDIA H200"
+    assert f"Trained on NVIDIA H200 ({count - 1} runs) and {frame.device[0]} (1 run)." in tables.provenance(frame, PLAN)
     irregular = tables.provenance(frame, PLAN | {"questions_changed_after": 3, "mixed": ["its runs are of 2 commits (a, b)"]})
     assert "Questions changed after 3 runs." in irregular
     assert irregular.endswith("Published in spite of: its runs are of 2 commits (a, b).")

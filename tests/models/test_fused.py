@@ -89,6 +89,9 @@ def test_kernels_normalise_as_batch_norm_does_in_inference(monkeypatch):
 
 @needs_kernels
 def test_kernels_leave_a_step_of_hdkd_as_it_was(monkeypatch):
+    # The plain convolutions between the kernels would round what differs in the seventh digit to TF32's three.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
     def compute():
         torch.manual_seed(0)
         names = {"student": "hdkd_student_distilled_nano", "teacher": "hdkd_teacher_nano"}
