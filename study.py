@@ -752,7 +752,7 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
 
 
 def _add_students(expanded: dict, source: Path, target: Path, aside: Path) -> None:
-    """students/ARM: network, weights and model card of the plan's `students`, those of the first replicate.
+    """students/ARM: network, weights and model card of the plan's `students`, those of the first replicate that has them here.
 
     Raises:
         FileNotFoundError: the run has no weights here, and none are published.
@@ -761,18 +761,18 @@ def _add_students(expanded: dict, source: Path, target: Path, aside: Path) -> No
 
     epoch = expanded["content"].get("epoch", "best")
     for arm in expanded["content"].get("students", []):
-        name = next(name for name, job in expanded["jobs"].items() if job.get("arm") == arm)
+        names = [name for name, job in expanded["jobs"].items() if job.get("arm") == arm]
+        name = next((name for name in names if (source / name / f"{epoch}.safetensors").exists()), None)
         folder = Path("students", arm)
-        if (source / name / f"{epoch}.safetensors").exists():
+        if name:
             run = runs.Run(source / name)
-            export.save(
-                run, data.load_as(run.config["data"], expanded["jobs"][name]["parameters"].get("root")), aside / folder, epoch
-            )
+            root = expanded["jobs"][name]["parameters"].get("root")
+            export.save(run, data.load_as(run.config["data"], root, run.split), aside / folder, epoch)
         elif (target / folder).exists():
             shutil.copytree(target / folder, aside / folder)
         else:
             raise FileNotFoundError(
-                f"the weights of {name} are not in {source}, and the plan publishes them; train it again there"
+                f"no run of {arm} in {source} has weights, and the plan publishes them; train {names[0]} again there"
             )
 
 

@@ -43,8 +43,9 @@ def measure(
     embedding = models.create(network, pretrained=True, num_classes=0).eval() if network else None
     rows, seen = [], {}
     for name, path in frame.drop_duplicates("replicate").set_index("replicate").path.items():
-        config = Run(path).config["data"]
-        dataset = data.load_as(config, root)
+        run = Run(path)
+        config = run.config["data"]
+        dataset = data.load_as(config, root, run.split)
         kept = torch.tensor(~np.isin(dataset.test.ids, list(tables.excluded(config))))
         images = dataset.train.images[:], dataset.test.images[:][kept]
         labels = dataset.train.labels.numpy(), dataset.test.labels[kept].numpy()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -19,8 +20,7 @@ def frame(finished_run, tmp_path):
     for fold in (0, 1):
         folder = tmp_path / f"student-seed{fold}-fold{fold}"
         shutil.copytree(finished_run.path, folder)
-        config = finished_run.config | {"seed": fold}
-        config["data"] = config["data"] | {"fold": fold}
+        config = finished_run.config | {"seed": fold, "data": data.load("digits", image_size=16, fold=fold).config}
         (folder / "config.json").write_text(json.dumps(config))
     return runs.load(tmp_path)
 
@@ -36,6 +36,17 @@ def test_every_replicate_is_measured_on_its_own_test_images(frame):
         found = table.loc["nearest neighbour on pixels", f"seed {fold}, fold {fold}"]
         assert found.accuracy == pytest.approx(expected, abs=2e-6)
         assert table.loc["chance", f"seed {fold}, fold {fold}"].balanced_accuracy == pytest.approx(0.1)
+
+
+def test_a_run_of_an_older_rule_is_compared_on_its_own_images(frame, finished_run, digits):
+    config = runs.read_json(finished_run.path / "config.json")
+    for path in frame.path:
+        config["data"] |= {"split": "of an older rule"}
+        (Path(path) / "config.json").write_text(json.dumps(config))
+    table = baselines.measure(frame, network="").set_index("classifier")
+    grey = [F.adaptive_avg_pool2d(of.images[:].float().mean(1), 16).flatten(1) for of in (digits.train, digits.test)]
+    expected = (digits.train.labels[torch.cdist(grey[1], grey[0]).argmin(1)] == digits.test.labels).float().mean().item()
+    assert table.accuracy["nearest neighbour on pixels"].tolist() == pytest.approx([expected] * 2, abs=2e-6)
 
 
 class Means(nn.Module):

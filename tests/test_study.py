@@ -776,7 +776,7 @@ def test_students_of_the_first_replicate_are_published_with_their_weights_and_st
     aside = tmp_path / "aside"
     study._add_students(expanded, source, target, aside)
     assert (aside / "students" / "hdkd" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
-    with pytest.raises(FileNotFoundError, match=r"the weights of hdkd-draw0-seed0 are not in .*; train it again"):
+    with pytest.raises(FileNotFoundError, match=r"no run of hdkd in .* has weights, .*; train hdkd-draw0-seed0 again"):
         study._add_students(expanded, source, tmp_path, aside)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hdkd_lib.data.batches import Files, Part, Rows
@@ -66,9 +67,48 @@ class Data:
         train, val = (replace(part, labels=own[part.labels]) for part in (_join(other.train, other.test), other.val))
         return replace(self, train=train, val=val, config=self.config | {"training": other.config})
 
+    def with_parts(self, split: pd.DataFrame) -> "Data":
+        """The same set with the images (`id`) of a split.csv in its parts (`part`); the test part validates if none is named.
+
+        Raises:
+            ValueError: the set does not have these images, or the split names none for training or for the test.
+        """
+        if lacking := {"train", "test"} - set(split.part):
+            raise ValueError(
+                f"this split names no images of the part {min(lacking)}, so that nobody knows what the run was given"
+            )
+        number = {name: i for i, name in enumerate(self.source.ids)}
+        if missing := set(split.id) - number.keys():
+            raise ValueError(
+                f"{len(missing)} of the {len(split)} images of this split are not in {self.source.name} ({min(missing)}, ...); "
+                "give the folder with the images that the run was trained on"
+            )
+        groups = _groups(self.source, self.audit)
+        parts = {
+            name: _part(self.source, self.train.images, groups, np.array([number[i] for i in of.id]))
+            for name, of in split.groupby("part")
+        }
+        parts = {"val": parts["test"]} | parts
+        return replace(self, **parts, card=_card(self.source, self.audit, groups, parts, self.config["protocol"]))
+
     def split(self, protocol: str, fold: int = 0) -> dict[str, np.ndarray]:
         """Image numbers of train, val and test under another protocol or in another fold, of the whole set."""
         return _split(self.source, self.signatures, self.audit, protocol=protocol, fold=fold, seed=self.config["split_seed"])
+
+
+def _groups(source: Source, audit: "Audit | None") -> np.ndarray:
+    """(N,) numbers, equal for images that stay together."""
+    return group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
+
+
+def _part(source: Source, images: Rows | Files, groups: np.ndarray, chosen: np.ndarray) -> Part:
+    """The images of these numbers, from the store (or read from files) as `images` are."""
+    if isinstance(images, Files):
+        own = Files([source.images[i] for i in chosen], images.shape[-1])
+    else:
+        own = Rows(images.store, chosen)
+    labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
+    return Part(own, labels, [source.ids[i] for i in chosen], groups[chosen])
 
 
 def _join(a: Part, b: Part) -> Part:
@@ -143,23 +183,17 @@ def load(
         audit = leakage.audit(signatures, source.ids, source.labels, source.classes, source.parts, join_chains=join_chains)
     drawn = {"draws": draws, "draw": draw, "val_per_class": val_per_class} if draws else {"draw": draw}
     index = _split(source, signatures, audit, protocol=protocol, fold=fold, fraction=fraction, seed=split_seed, **drawn)
-    together = group_images(np.arange(len(source.ids)) if audit is None else audit.duplicate_groups, source.groups)
-
-    store = None if from_files else torch.from_numpy(images)  # one for all parts: processes share it as one
-
-    def part(chosen: np.ndarray) -> Part:
-        chosen_images = Files([source.images[i] for i in chosen], image_size) if store is None else Rows(store, chosen)
-        labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
-        return Part(chosen_images, labels, [source.ids[i] for i in chosen], together[chosen])
-
-    parts = {name: part(chosen) for name, chosen in index.items()}
+    groups_of = _groups(source, audit)
+    # One store for all parts: processes share it as one.
+    every = Files([], image_size) if from_files else Rows(torch.from_numpy(images), np.arange(0))
+    parts = {name: _part(source, every, groups_of, chosen) for name, chosen in index.items()}
     named = source.groups or [""] * len(source.ids)
     identity = [f"{h}{label}{g}" for h, label, g in zip(_identity(source, signatures), source.labels, named, strict=True)]
     sides = [f"{side}:{identity[i]}" for side, chosen in index.items() for i in chosen]
     return Data(
         **parts,
         classes=source.classes,
-        card=_card(source, audit, together, parts, protocol),
+        card=_card(source, audit, groups_of, parts, protocol),
         config={
             "dataset": name,
             "image_size": image_size,
@@ -181,8 +215,14 @@ def load(
     )
 
 
-def load_as(config: Mapping, root: str | Path | None = None) -> Data:
-    """`load` with what a run's `config["data"]` says."""
+def load_as(config: Mapping, root: str | Path | None = None, split: pd.DataFrame | None = None) -> Data:
+    """`load` with what a run's `config["data"]` says, and with the run's `split` exactly its parts.
+
+    The latter matters for runs of older versions, which grouped near-duplicates by another rule and so made other parts.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `load` and `Data.with_parts`.
+    """
     keys = (
         "image_size",
         "protocol",
@@ -196,7 +236,8 @@ def load_as(config: Mapping, root: str | Path | None = None) -> Data:
         "join_chains",
         "from_files",
     )
-    return load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})
+    found = load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})
+    return found if split is None or found.config["split"] == config["split"] else found.with_parts(split)
 
 
 def _digest(lines: list[str]) -> str:

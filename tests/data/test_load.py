@@ -96,6 +96,31 @@ def test_a_long_chain_is_joined_only_if_asked_and_the_configuration_says_so(imag
     assert module.load_as(joined.config, root).config == joined.config
 
 
+def test_a_run_of_an_older_rule_gets_its_own_images_again():
+    old, today = (load("digits", image_size=8, fold=fold) for fold in (1, 0))
+    split = pd.concat([pd.DataFrame({"id": part.ids, "part": name}) for name, part in parts_of(old).items()])
+    assert module.load_as(today.config, split=split).config == today.config, "the rule is today's"
+    again = module.load_as(today.config | {"split": "of an older rule"}, split=split)
+    for name, part in parts_of(again).items():
+        expected = getattr(old, name)
+        assert part.ids == expected.ids
+        assert (part.images[:] == expected.images[:]).all()
+        assert (part.labels == expected.labels).all()
+        assert (part.groups == expected.groups).all()
+    assert again.card["test_images_in_train"] == old.card["test_images_in_train"]
+    paper = module.load_as(today.config | {"split": "older"}, split=split[split.part != "val"])
+    assert paper.val.ids == paper.test.ids
+    for change, message in (
+        (
+            split.assign(id="x" + split.id),
+            r"1797 of the 1797 images .* are not in digits \(x0000, ...\); give the folder",
+        ),
+        (split[split.part == "test"], "this split names no images of the part train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.load_as(today.config | {"split": "older"}, split=change)
+
+
 def test_the_rules_version_is_in_the_hash_of_the_split(published, monkeypatch):
     before = load("folder", published, image_size=8).config
     monkeypatch.setattr(module, "RULE", module.RULE + 1)
