@@ -21,8 +21,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help study dry-run test test-slow test-oldest lab publish benchmark bench readme notebooks site lock
 ifeq ($(shell uname),Linux) # glibc gives large blocks back to the system and page faults get them again: most of a CPU step
-study lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
-study lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+study publish lab benchmark bench: export MALLOC_MMAP_MAX_ = 0
+study publish lab benchmark bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 endif
 
 help:

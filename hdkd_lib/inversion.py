@@ -405,7 +405,8 @@ def replace_training(
     """The data with images from the teacher in place of those for training and validation; the test part stays real.
 
     The images are made once and kept, so that runs with one teacher share them. The card has the seconds of their making as
-    `synthesis_seconds`.
+    `synthesis_seconds`, and as `synthesis_quality` what `quality` says of those for training beside the real images for
+    validation, which are used for nothing else.
 
     Args:
         per_class: images of every class, at least 5, of which a part is for validation.
@@ -424,7 +425,9 @@ def replace_training(
         synthesize(teacher, data.classes, per_class, place, **options)
     seconds = sum(batch["seconds"] for batch in json.loads((place / "synthesis.json").read_text())["batches"])
     synthetic = load("folder", place, image_size=size)
-    return replace(data.trained_on(synthetic), card=data.card | {"synthesis_seconds": round(seconds, 1)})
+    made = data.trained_on(synthetic)
+    measured = {name: round(value, 4) for name, value in quality(teacher, made.train, data.val).items()}
+    return replace(made, card=data.card | {"synthesis_seconds": round(seconds, 1), "synthesis_quality": measured})
 
 
 def _invert_or_restart(teacher, labels, image_size, settings, seed, number, bar, common) -> tuple[Tensor, dict]:

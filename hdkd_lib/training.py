@@ -549,7 +549,7 @@ def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> 
         "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
         "parameters": sum(p.numel() for p in task.student.parameters()),
         "seconds": round(seconds, 1),
-        **{key: data.card[key] for key in ("synthesis_seconds",) if key in data.card},
+        **{key: data.card[key] for key in ("synthesis_seconds", "synthesis_quality") if key in data.card},
         "images_per_second": round(len(data.train) * training.recipe.epochs / seconds, 1),
     }
     runs.write_checksums(run, [*trained, "split.csv", *(runs.PREDICTIONS[which] for which in epochs)], measured)

@@ -281,8 +281,9 @@ def test_training_and_validation_images_are_made_and_the_test_part_stays_real(of
     assert own == digits.config
     assert made.config["training"]["dataset"] == "folder"
     batches = json.loads((folder / "synthesis.json").read_text())["batches"]
-    assert made.card == digits.card | {"synthesis_seconds": round(sum(batch["seconds"] for batch in batches), 1)}
-    assert "synthesis_seconds" not in digits.card
+    assert made.card["synthesis_seconds"] == round(sum(batch["seconds"] for batch in batches), 1)
+    assert made.card["synthesis_quality"] == pytest.approx(inversion.quality(of_digits, made.train, digits.val), abs=1e-4)
+    assert made.card.keys() - digits.card.keys() == {"synthesis_seconds", "synthesis_quality"}
 
 
 def test_images_are_made_once_and_shared(of_digits, digits, build, tmp_path, monkeypatch):
@@ -334,6 +335,7 @@ def test_a_run_on_made_images_says_what_they_cost(of_digits, digits, recipe, bui
         task = Supervised(student=build("hdkd_student_nano"))
         runs.append(fit(task, of, replace(recipe, epochs=1), tmp_path / name / "run", **ON_CPU))
     assert runs[0].metrics["synthesis_seconds"] == 12.5
+    assert runs[0].metrics["synthesis_quality"] == made.card["synthesis_quality"]
     assert runs[0].metrics["images"] == {"train": len(made.train), "val": len(made.val), "test": 60}
     assert "synthesis_seconds" not in runs[1].metrics
     frame = load(tmp_path).set_index("path").synthesis_seconds
