@@ -359,7 +359,7 @@ def comparison(
     alt = f"{_listed(METRICS[metric] for metric in metrics)} of every replicate, with intervals: {_listed(map(title, names))}."
     figure, axes = _subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, alt=alt)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        values = frame.assign(score=100 * frame[f"last_{metric}"])
+        values = frame.assign(score=100 * tables.scores(frame, metric))
         for _, replicate in values.groupby("replicate"):
             own = replicate.set_index("run").score.reindex(names)
             axis.plot(own, range(len(names)), "-", color="0.85", lw=0.8, zorder=1)
@@ -444,7 +444,7 @@ def training_time(frame: pd.DataFrame, plan: Mapping, metric: str = "balanced_ac
     alt = f"{METRICS[metric]} against training time: {_listed(map(title, times.index))}."
     figure, axis = _subplots(figsize=(8, 4.2), alt=alt)
     for arm, row in times[times.index.isin(frame.arm)].iterrows():
-        estimate = interval(100 * frame[frame.arm == arm][f"last_{metric}"])
+        estimate = interval(100 * tables.scores(frame[frame.arm == arm], metric))
         half = None if np.isnan(estimate.half_width) else estimate.half_width
         axis.plot([row.own, row.own + row.teacher], [estimate.mean] * 2, color="0.7", lw=2, zorder=1)
         axis.errorbar(
@@ -532,7 +532,7 @@ def efficiency(frame: pd.DataFrame, metric: str = "balanced_accuracy", baselines
         frame: of `runs.load`.
         baselines: of `baselines.measure`: dashed lines through their means.
     """
-    arms, values = list(dict.fromkeys(frame.arm)), frame.assign(score=100 * frame[f"last_{metric}"])
+    arms, values = list(dict.fromkeys(frame.arm)), frame.assign(score=100 * tables.scores(frame, metric))
     alt = f"{METRICS[metric]} by the share of the training images: {_listed(map(title, arms))}."
     figure, axis = _subplots(figsize=(8, 4), alt=alt)
     styled, marked = styles(arms), []

@@ -22,7 +22,7 @@ from hdkd_lib.metrics import Predictions, weighted
 from hdkd_lib.parameters import one_sentence
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run
-from hdkd_lib.statistics import Contrast, Interval, interval
+from hdkd_lib.statistics import Contrast, interval
 
 METRICS = {
     "accuracy": "accuracy",
@@ -153,11 +153,11 @@ def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame
                 "teacher": title(teacher) if teacher else first.teacher,
                 "teacher's lead": _lead(frame, plan, first.arm, teacher, metric),
                 "runs": len(group),
-                f"{METRICS[metric]}, last epoch": str(_mean(group, metric, "last")),
-                f"epoch chosen on {SELECTION[first.selection]}": str(_mean(group, metric, "best")),
-                "moving average of the weights": str(_mean(group, metric, "ema")) if has_average else "",
+                f"{METRICS[metric]}, last epoch": str(interval(scores(group, metric, "last"))),
+                f"epoch chosen on {SELECTION[first.selection]}": str(interval(scores(group, metric, "best"))),
+                "moving average of the weights": str(interval(scores(group, metric, "ema"))) if has_average else "",
                 "training images": mark,
-                **{words: str(_mean(group, key, "last")) for key, words in METRICS.items() if key != metric},
+                **{words: str(interval(scores(group, key))) for key, words in METRICS.items() if key != metric},
             }
         )
     table = pd.DataFrame(rows)
@@ -487,22 +487,27 @@ def _test_variances(scored: list, metric: str, groups: np.ndarray) -> tuple[floa
     return statistics.resampled_variances(np.stack(differences, 1))
 
 
-def _mean(group: pd.DataFrame, metric: str, epoch: str) -> Interval:
-    """Mean and 95 % t interval of a score over replicates, without the test images that are in the training part."""
-    column = metric if epoch == "best" else f"{epoch}_{metric}"
-    if not excluded(group.iloc[0]):
-        return interval(group[column])
+def scores(frame: pd.DataFrame, metric: str, epoch: str = "last") -> pd.Series:
+    """A test metric of every run of one data set, in [0, 1], without the test images that are in the training part.
+
+    Of runs that keep only predicted classes a metric of probabilities (macro AUROC) is that of all test images.
+    """
+    measured = frame[metric if epoch == "best" else f"{epoch}_{metric}"]
+    if not len(frame) or not excluded(frame.iloc[0]):
+        return measured
     try:
-        return interval([weighted(metric, _scored(path, epoch))[0] for path in group.path])
-    except ValueError:  # the predicted class alone does not give this metric
-        return interval(group[column])
+        return pd.Series([weighted(metric, _scored(path, epoch))[0] for path in frame.path], frame.index)
+    except ValueError:
+        return measured
 
 
 def _lead(frame: pd.DataFrame, plan: Mapping, arm: str, teacher: str | None, metric: str) -> str:
     if teacher is None:
         return ""
-    pairs = _pairs(frame, teacher, _root(plan["runs"], arm), plan)
-    return f"{interval(pairs[f'last_{metric}'] - pairs[f'last_{metric}_b']):+}" if len(pairs) else ""
+    student = _root(plan["runs"], arm)
+    both = frame[frame.arm.isin([teacher, student])]
+    pairs = _pairs(both.assign(score=scores(both, metric)), teacher, student, plan)
+    return f"{interval(pairs.score - pairs.score_b):+}" if len(pairs) else ""
 
 
 def _pretrained(path: str) -> str:

@@ -349,7 +349,7 @@ def test_heatmaps_have_a_row_per_entry_and_a_scale_per_map():
 def test_efficiency_draws_every_replicate_a_mean_and_an_interval_per_arm_and_share():
     rows = [(arm, share, 0.5 + share / 4 + seed / 100) for arm in ("vit", "cskd") for share in (0.1, 1.0) for seed in range(3)]
     frame = pd.DataFrame(rows, columns=["arm", "fraction", "last_balanced_accuracy"])
-    frame["replicate"] = "fraction " + frame.fraction.astype(str)
+    frame = frame.assign(replicate="fraction " + frame.fraction.astype(str), dataset="digits", protocol="grouped")
     neighbours = pd.DataFrame({"classifier": "nearest", "replicate": ["fraction 0.1", "fraction 1.0"]})
     figure = figures.efficiency(frame, baselines=neighbours.assign(balanced_accuracy=[0.3, 0.8]))
     [axis] = figure.axes

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from hdkd_lib import packing, runs, tables
+from hdkd_lib import figures, packing, runs, tables
 from hdkd_lib.methods import Supervised
 from hdkd_lib.metrics import Predictions, weighted
 from hdkd_lib.training import predict
@@ -186,6 +186,10 @@ def test_test_images_in_the_training_part_do_not_count_and_the_table_says_so(fol
         expected.append(np.mean(a[CLASSES].idxmax(axis=1) == a.label) - np.mean(b[CLASSES].idxmax(axis=1) == b.label))
     assert after.differences == pytest.approx(expected)
     assert after.differences != before.differences
+    scores = frame.assign(score=tables.scores(frame, "accuracy")).set_index(["arm", "replicate"]).score
+    assert [scores["cskd"][name] - scores["vit"][name] for name in scores["cskd"].index] == pytest.approx(expected)
+    shown = figures.comparison(frame, ["accuracy"]).axes[0].lines
+    assert any(sorted(line.get_xdata()) == pytest.approx(sorted(100 * scores["cskd"])) for line in shown)
     assert f"{len(left_out)} test images with a near-duplicate in the training part are left out" in tables.provenance(
         frame, PLAN
     )
