@@ -146,6 +146,8 @@ def card(run: Run, data: Data, epoch: str = "best", *, onnx: bool = False) -> st
     cfg, teacher = network.pretrained_cfg, method.get("teacher", {}).get("name")
     names = ", ".join(f"{name} ({count} images)" for name, count in of["classes"].items())
     counts = ", ".join(f"{run.metrics['images'][part]} {part}" for part in ("train", "val", "test"))
+    drawn = data.config.get("draws")
+    part = f"draw {data.config['draw']} of {drawn} disjoint training sets" if drawn else f"fold {data.config['fold']}"
     others = "; ".join(f"{words} {100 * scores[key]:.1f} %" for key, words in tables.METRICS.items() if key != "accuracy")
     chosen = f"the epoch with the best balanced accuracy on validation ({run.metrics['best']['epoch'] + 1})"
     return f"""# {method["student"]["name"]} on {of["title"]}
@@ -161,7 +163,7 @@ def card(run: Run, data: Data, epoch: str = "best", *, onnx: bool = False) -> st
 
 ## Data and protocol
 
-{of["title"]}. {counts} images, protocol "{of["protocol"]}" (fold {data.config["fold"]}); test images with a duplicate among \
+{of["title"]}. {counts} images, protocol "{of["protocol"]}" ({part}); test images with a duplicate among \
 the training images: {of["test_images_in_train"]}. Known faults: {of["known_faults"]}. Source: {of["citation"]}.
 
 ## Scores on the test images
