@@ -1,7 +1,7 @@
 """Many finished runs in four small files, without weights, and back. `runs.Run` and `runs.load` read them as they read folders.
 
     runs.json           by run: config, job, environment, metrics, and split, the key of its split
-    history.csv.gz      one row per run and epoch
+    history.csv.gz      one row per run and epoch, numbers to six digits
     splits.csv.gz       one row per split and image: split, id, part, and group where images of one group stay together
     predictions.csv.gz  one row per test image: id, label (index of its class), and columns per run: at each epoch kept (last,
                         best) the index of the predicted class ("RUN last class"); at the last one its probability in percent
@@ -64,7 +64,7 @@ def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", ke
     whole = joined.columns[[not joined[c].dropna().mod(1).any() for c in joined]]
     splits = pd.concat(splits.values(), ignore_index=True)
     splits = splits[[c for c in ("split", "id", "part", "group") if c in splits]].sort_values(["split", "part", "id"])
-    _write(history, folder / "history.csv.gz", index=False)
+    _write(history, folder / "history.csv.gz", index=False, float_format="%.6g")
     _write(splits, folder / "splits.csv.gz", index=False)
     _write(joined.astype(dict.fromkeys(whole, "Int16")), folder / "predictions.csv.gz")
     text = ",\n".join(f"{json.dumps(name)}: {json.dumps(of, separators=(',', ':'))}" for name, of in sorted(runs.items()))
@@ -99,6 +99,6 @@ def _compact(run: Run, metric: str) -> pd.DataFrame:
     return pd.DataFrame(columns, index)
 
 
-def _write(table: pd.DataFrame, path: Path, index: bool = True) -> None:
+def _write(table: pd.DataFrame, path: Path, **options) -> None:
     compression = {"method": "gzip", "mtime": 0}  # equal tables are equal files
-    write_atomically(path, lambda aside: table.to_csv(aside, index=index, compression=compression))
+    write_atomically(path, lambda aside: table.to_csv(aside, compression=compression, **options))
