@@ -44,6 +44,24 @@ def progress(results: Path) -> str:
     return finished + " Verdicts are given when all are, not before." * (complete < count)
 
 
+def scores(results: Path) -> str:
+    """Accuracies of the main arms of `few_images` that have all their replicates, and of classifiers that train no network."""
+    folder = results / "published" / "few_images"
+    frame, plan = runs.load(folder), runs.plan(folder)
+    finished = frame.groupby("arm").size() == len(plan["replicates"])
+    named = {
+        tables.title(arm): interval(tables.scores(frame[frame.arm == arm], plan["metric"]))
+        for arm in ("teacher", "student", "hdkd", "vit", "deit", "cskd", "mhca", "dearkd")
+        if finished.get(arm)
+    }
+    text = f"Accuracy in percent at the last epoch: {', '.join(f'{name} {score}' for name, score in named.items())}."
+    file = folder / "tables" / "baselines.csv"
+    if file.exists():
+        means = pd.read_csv(file).groupby("classifier", sort=False).accuracy.mean()
+        text += f" Without training a network: {', '.join(f'{name} {100 * mean:.1f}' for name, mean in means.items())}."
+    return text
+
+
 def earlier(results: Path) -> str:
     """What plans of three replicates found: differences of balanced accuracy with 95 % t intervals."""
     frames = {plan: runs.load(results / "published" / plan) for plan in dict.fromkeys(plan for plan, *_ in EARLIER)}
@@ -117,7 +135,7 @@ def pixels(results: Path) -> str:
 
 # The blocks of each text, by its path in the repository.
 TEXTS: dict[str, tuple[Callable[[Path], str], ...]] = {
-    "README.md": (verdicts, progress, leaks, copies),
+    "README.md": (verdicts, scores, progress, leaks, copies),
     "results/README.md": (earlier, commits),
     "results/few_images_p0.md": (trials, pixels),
 }

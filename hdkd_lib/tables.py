@@ -48,7 +48,11 @@ def verdicts(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
         known = isinstance(row.result, Contrast)
         verdict = row.verdict
         if known and verdict == "undecided":
-            verdict += f" ({row.result.needed} replicates needed)" if row.result.needed else " (more test images needed)"
+            needed = row.result.needed
+            if needed and needed <= row.n:  # the smallest difference would have been found; a smaller one may be there
+                verdict += f" (powered for {100 * plan['smallest_difference']:g} points)"
+            else:
+                verdict += f" ({needed} replicates needed)" if needed else " (more test images needed)"
         rows.append(
             {
                 "claim": row.claim,

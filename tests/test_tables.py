@@ -96,10 +96,28 @@ def test_verdicts_have_a_row_per_contrast_in_the_order_of_the_plan(folder):
     assert table.n.tolist() == [8, 8, 8]
     assert table.difference[0].startswith("+5.0 ± ")
     assert table.verdict[0].startswith("helps")
-    assert table.verdict[2].startswith("undecided (")
+    assert table.verdict[2].endswith("replicates needed)")
     assert table["other sign"].tolist()[0] == "0 of 8"
     assert float(table.p[0]) == pytest.approx(2 / 2**8, abs=1e-3)
     assert set(table["training time"]) == {""}, "nobody has timed this plan"
+
+
+def test_an_undecided_row_says_what_it_was_powered_for(simulated):
+    base = [0.5, 0.52, 0.48, 0.51, 0.49, 0.5, 0.53, 0.47]
+    simulated("vit", base)
+    frame = runs.load(simulated("deit", [b + d for b, d in zip(base, [0.085, -0.015] * 4, strict=True)]))
+    asked = PLAN | {"questions": {"deit": {"ask": "Does it help?", "contrasts": {"than nothing": ["deit", "vit"]}}}}
+    said = {}
+    for points in range(1, 12):
+        plan = asked | {"smallest_difference": points / 100}
+        [result] = tables.contrasts(frame, plan).result
+        said[points] = tables.verdicts(frame, plan).verdict[0]
+        if result.verdict == "undecided":
+            enough = result.needed <= 8
+            words = f"powered for {points} points" if enough else f"{result.needed} replicates needed"
+            assert said[points] == f"undecided ({words})"
+    assert any("powered" in words for words in said.values())
+    assert any("needed" in words for words in said.values())
 
 
 def test_a_verdict_follows_from_the_predictions_by_other_code(folder):
