@@ -762,14 +762,13 @@ def _add_students(expanded: dict, source: Path, target: Path, aside: Path) -> No
     epoch = expanded["content"].get("epoch", "best")
     for arm in expanded["content"].get("students", []):
         names = [name for name, job in expanded["jobs"].items() if job.get("arm") == arm]
-        name = next((name for name in names if (source / name / f"{epoch}.safetensors").exists()), None)
         folder = Path("students", arm)
-        if name:
-            run = runs.Run(source / name)
-            root = expanded["jobs"][name]["parameters"].get("root")
-            export.save(run, data.load_as(run.config["data"], root, run.split), aside / folder, epoch)
-        elif (target / folder).exists():
+        here = [name for name in names if (source / name / f"{epoch}.safetensors").exists()]
+        if names[0] not in here and (target / folder).exists():
             shutil.copytree(target / folder, aside / folder)
+        elif here:
+            run, root = runs.Run(source / here[0]), expanded["jobs"][here[0]]["parameters"].get("root")
+            export.save(run, data.load_as(run.config["data"], root, run.split), aside / folder, epoch)
         else:
             raise FileNotFoundError(
                 f"no run of {arm} in {source} has weights, and the plan publishes them; train {names[0]} again there"

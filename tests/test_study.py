@@ -780,8 +780,12 @@ def test_students_of_the_first_replicate_are_published_with_their_weights_and_st
     aside = tmp_path / "aside"
     study._add_students(expanded, source, target, aside)
     assert (aside / "students" / "hdkd" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    study._add_students(expanded, source, tmp_path, tmp_path / "second")
+    assert (tmp_path / "second" / "students" / "hdkd" / "model.safetensors").exists(), "another replicate has weights"
+    for weights in source.glob("hdkd-*/last.safetensors"):
+        weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"no run of hdkd in .* has weights, .*; train hdkd-draw0-seed0 again"):
-        study._add_students(expanded, source, tmp_path, aside)
+        study._add_students(expanded, source, tmp_path, tmp_path / "third")
 
 
 def test_runs_that_do_not_belong_together_are_published_only_as_mixed(trained):
