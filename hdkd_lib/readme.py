@@ -41,7 +41,7 @@ def progress(results: Path) -> str:
     arms = [json.dumps(of["job"]["replicate"]) for of in done]
     count, complete = len(plan["replicates"]), sum(arms.count(json.dumps(of)) == len(plan["runs"]) for of in plan["replicates"])
     finished = f"{complete} of {count} replicates are finished ({len(arms)} of {count * len(plan['runs'])} runs)."
-    return finished + " Verdicts are given when all are, not before." * (complete < count)
+    return finished + " A verdict is given when both of its arms have all replicates, not before." * (complete < count)
 
 
 def scores(results: Path) -> str:
