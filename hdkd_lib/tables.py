@@ -562,4 +562,4 @@ def _text(value: object) -> str:
 
 
 def _turned(result: Contrast) -> Contrast:
-    return replace(result, mean=-result.mean)
+    return replace(result, mean=-result.mean, differences=tuple(-d for d in result.differences))

@@ -255,6 +255,9 @@ def test_ablations_have_the_interval_of_their_question_and_others_their_own(fold
     assert table.loc["cskd_local", ["n", "result"]].tolist() == [0, None]
     turned = PLAN | {"questions": {"one": {"ask": "?", "contrasts": {"": ["deit", "cskd"]}}}}
     other = tables.ablations(frame, turned).set_index("arm")
+    for result in (*table.result, *other.result):
+        if result is not None:
+            assert np.mean(result.differences) == pytest.approx(result.mean), "a turned row turns every replicate"
     result = tables.contrasts(frame, turned).result[0]
     assert other.loc["cskd", "result"].mean == -result.mean
     assert other.loc["cskd", "verdict"] == f"DeiT {result.verdict}"
