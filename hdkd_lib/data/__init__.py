@@ -74,9 +74,7 @@ class Data:
             ValueError: the set does not have these images, or the split names none for training or for the test.
         """
         if lacking := {"train", "test"} - set(split.part):
-            raise ValueError(
-                f"this split names no images of the part {min(lacking)}, so that nobody knows what the run was given"
-            )
+            raise ValueError(f"this split names no images of the part {min(lacking)}; give one of a run on real images")
         number = {name: i for i, name in enumerate(self.source.ids)}
         if missing := set(split.id) - number.keys():
             raise ValueError(
@@ -237,7 +235,9 @@ def load_as(config: Mapping, root: str | Path | None = None, split: pd.DataFrame
         "from_files",
     )
     found = load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})
-    return found if split is None or found.config["split"] == config["split"] else found.with_parts(split)
+    if split is None or found.config["split"] == config["split"]:
+        return found
+    return replace(found.with_parts(split), config=found.config | {"split": config["split"]})
 
 
 def _digest(lines: list[str]) -> str:

@@ -108,6 +108,7 @@ def test_a_run_of_an_older_rule_gets_its_own_images_again():
         assert (part.labels == expected.labels).all()
         assert (part.groups == expected.groups).all()
     assert again.card["test_images_in_train"] == old.card["test_images_in_train"]
+    assert again.config["split"] == "of an older rule"
     paper = module.load_as(today.config | {"split": "older"}, split=split[split.part != "val"])
     assert paper.val.ids == paper.test.ids
     for change, message in (
