@@ -722,7 +722,7 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     aside = target.with_name(f".{plan}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for file in ("runs.json", "history.csv.gz", "splits.csv.gz", "predictions.csv.gz"):
+    for file in ("runs.json", "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"):
         if (target / file).exists():
             shutil.copyfile(target / file, aside / file)
     new = packing.pack(finished, aside, expanded["content"].get("metric", "accuracy"), keep=jobs)

@@ -42,14 +42,15 @@ REPOSITORY = os.environ.get("HDKD_REPOSITORY", "")  # https://HOST/OWNER/NAME
 # What the blocks of numbers are made of: plans, or files of results/.
 AUDITS = [f"results/audits/{name}" for name in ("brain_tumor", "ham10000")]
 BLOCKS = {
-    "verdicts": [PUBLISHED / "few_images"],
-    "progress": [PUBLISHED / "few_images"],
+    "verdicts few_images": [PUBLISHED / "few_images"],
+    "scores few_images": [PUBLISHED / "few_images"],
+    "progress few_images": [PUBLISHED / "few_images"],
     "leaks": [Path(f"{folder}/leakage_gain.csv") for folder in AUDITS],
     "copies": [Path(AUDITS[0]) / "card.json"],
     "earlier": [PUBLISHED / plan for plan in dict.fromkeys(plan for plan, *_ in readme.EARLIER)],
     "commits": [PUBLISHED / plan for plan in dict.fromkeys([*(plan for plan, *_ in readme.EARLIER), "data_efficiency"])],
-    "trials": [PUBLISHED / "few_images_p0"],
-    "pixels": [PUBLISHED / "few_images_p0" / "pixels.csv"],
+    "trials few_images_p0": [PUBLISHED / "few_images_p0"],
+    "pixels few_images_p0": [PUBLISHED / "few_images_p0" / "pixels.csv"],
 }
 
 
@@ -307,7 +308,7 @@ def weights(site: Site, base: Path) -> str:
 
 def trials(site: Site, base: Path) -> str:
     results = ROOT / "results"
-    return f"{readme.trials(results)}\n\n{site.provenance(PUBLISHED / 'few_images_p0', base=base)}"
+    return f"{readme.trials(results, 'few_images_p0')}\n\n{site.provenance(PUBLISHED / 'few_images_p0', base=base)}"
 
 
 def earlier(site: Site, base: Path) -> str:

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from sklearn.base import ClassifierMixin
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from hdkd_lib import data, models, tables
+from hdkd_lib.metrics import Predictions, weighted
 from hdkd_lib.runs import Run
+
+METRICS = ("accuracy", "balanced_accuracy", "macro_auroc")
 
 
 def measure(
@@ -35,7 +37,8 @@ def measure(
         image_size: pixels at which this network sees the images.
 
     Returns:
-        Columns replicate, classifier, accuracy, balanced_accuracy; test images that are in the training part do not count.
+        Columns replicate, classifier, accuracy, balanced_accuracy, macro_auroc; test images that are in the training part do
+        not count.
 
     Raises:
         FileNotFoundError: the images are not there.
@@ -64,10 +67,12 @@ def measure(
             classifiers["nearest neighbour on ImageNet features"] = KNeighborsClassifier(1, metric="cosine"), features
             classifiers["linear probe on ImageNet features"] = probe, features
         for words, (classifier, (train, test)) in classifiers.items():
-            predicted = classifier.fit(train, labels[0]).predict(test)
-            scores = [score(labels[1], predicted) for score in (accuracy_score, balanced_accuracy_score)]
-            rows.append([name, words, *np.round(scores, 6)])
-    return pd.DataFrame(rows, columns=["replicate", "classifier", "accuracy", "balanced_accuracy"])
+            classifier.fit(train, labels[0])
+            probabilities = np.zeros((len(labels[1]), len(config["classes"])))
+            probabilities[:, classifier.classes_] = classifier.predict_proba(test)
+            told = Predictions.of(np.array(dataset.test.ids)[kept.numpy()], labels[1], probabilities)
+            rows.append([name, words, *(weighted(metric, told)[0].round(6) for metric in METRICS)])
+    return pd.DataFrame(rows, columns=["replicate", "classifier", *METRICS])
 
 
 def _pixels(images: Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ than `SMALL` points, which is ten pixels on a page of 830.
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -406,7 +407,9 @@ def contrasts(table: pd.DataFrame, smallest: float = 0.0, metric: str = "") -> F
     limit = max([2.5 * np.median(ends), *each, 200 * smallest], default=1.0) if ends else max(200 * smallest, 1.0)
     limit = 1.1 * min(limit, max([*ends, *each, 200 * smallest], default=limit))
     alt = f"Differences of two arms in percentage points, with intervals: {_listed(label.split(':')[0] for label in labels)}."
-    figure, axis = _subplots(figsize=(WIDTH, 0.36 * len(table) + 1.2), alt=alt)
+    labels = [textwrap.fill(label, 44) for label in labels]  # long ones would leave no room for the marks
+    height = max(0.36, 0.16 * max((label.count("\n") + 1 for label in labels), default=1))
+    figure, axis = _subplots(figsize=(WIDTH, height * len(table) + 1.2), alt=alt)
     axis.axvspan(-100 * smallest, 100 * smallest, color="0.92", zorder=0, lw=0)
     axis.axvline(0, color="0.4", lw=1, zorder=1)
     marked = []
@@ -420,7 +423,7 @@ def contrasts(table: pd.DataFrame, smallest: float = 0.0, metric: str = "") -> F
             half = None if np.isnan(row.result.half_width) else 100 * row.result.half_width
             axis.errorbar(100 * row.result.mean, y, xerr=half, fmt="|", color="black", ms=10, capsize=3, lw=1.5, zorder=3)
             marked.append((replace(row.result, mean=100 * row.result.mean, half_width=100 * row.result.half_width), y))
-            text = ", ".join(filter(None, [row.result.text, text, f"n = {row.result.n}"]))
+            text = textwrap.fill(", ".join(filter(None, [row.result.text, text, f"n = {row.result.n}"])), 48)
         axis.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL)
     axis.set(xlim=(-limit, limit), ylim=(len(table) - 0.5, -0.5))
     _arrows(axis, marked)

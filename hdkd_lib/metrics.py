@@ -93,6 +93,18 @@ def weighted(metric: str, of: Predictions, weights: np.ndarray | None = None) ->
     raise ValueError(f"unknown metric {metric!r}; known: accuracy, balanced_accuracy, ece, macro_auroc, macro_f1")
 
 
+def auroc_of(of: Predictions, positive: Sequence[int]) -> float:
+    """AUROC of the classes `positive` (numbers), by the sum of their probabilities, against all others; in [0, 1].
+
+    Raises:
+        ValueError: only the predicted class is kept.
+    """
+    if of.probabilities is None:
+        raise ValueError("an AUROC of some classes needs the probabilities of all, and only the predicted class is kept")
+    scores = of.probabilities[:, list(positive)].sum(1).round(6)  # sums of equal terms are equal
+    return _auroc(scores, np.isin(of.labels, list(positive)), np.ones((1, len(of.labels))))[0].item()
+
+
 def _auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(B,): the share of pairs of a positive and a negative that `scores` order rightly; ties count half."""
     order = np.argsort(scores, kind="stable")

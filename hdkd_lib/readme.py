@@ -1,8 +1,10 @@
-"""The numbers in texts: a block between `<!-- NAME -->` and `<!-- end -->` is written from results/ by `make readme`."""
+"""The numbers in texts: what stands between `<!-- BLOCK -->` and `<!-- end -->` is written from results/ by `make readme`.
+
+A block is the name of a function of this module, and the plan that it is about, if it is about one.
+"""
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -21,43 +23,47 @@ EARLIER = (
     ("dearkd_ablations", "DearKD - a teacher that teaches to the end", "dearkd", "switch_never"),
     ("data_free_nano", "data-free - without the intra-divergence loss", "data_free", "no_divergence"),
 )
+MAIN = ("teacher", "student", "hdkd", "vit", "deit", "cskd", "mhca", "dearkd")  # arms whose scores a text gives
 
 
-def verdicts(results: Path) -> str:
-    """The questions of `few_images` and what its runs say; the figure of contrasts, once there are verdicts."""
-    folder = results / "published" / "few_images"
-    frame, plan = runs.load(folder), runs.plan(folder)
-    table = tables.verdicts(frame, plan)[["claim", "contrast", "n", "difference", "verdict", "training time"]]
+def verdicts(results: Path, plan: str) -> str:
+    """The questions of a plan and what its runs say; the figure of contrasts, once there are verdicts."""
+    folder = results / "published" / plan
+    table = tables.verdicts(runs.load(folder), runs.plan(folder))[
+        ["claim", "contrast", "n", "difference", "verdict", "training time"]
+    ]
     table["claim"] = table.claim.where(~table.claim.duplicated(), "")  # once for all contrasts of a question
     text = table.to_markdown(index=False, disable_numparse=True)
     figure = folder / "figures" / "contrasts.png"
     return text + (f"\n\n![contrasts]({figure.relative_to(results.parent).as_posix()})" if figure.exists() else "")
 
 
-def progress(results: Path) -> str:
-    """How much of `few_images` is finished."""
-    folder = results / "published" / "few_images"
-    plan, done = runs.plan(folder), runs.packed(folder).values()
-    arms = [json.dumps(of["job"]["replicate"]) for of in done]
-    count, complete = len(plan["replicates"]), sum(arms.count(json.dumps(of)) == len(plan["runs"]) for of in plan["replicates"])
-    finished = f"{complete} of {count} replicates are finished ({len(arms)} of {count * len(plan['runs'])} runs)."
+def progress(results: Path, plan: str) -> str:
+    """How much of a plan is finished."""
+    folder = results / "published" / plan
+    content, done = runs.plan(folder), runs.packed(folder).values()
+    replicates, arms = [json.dumps(of) for of in content["replicates"]], len(content["runs"])
+    found = [json.dumps(of["job"]["replicate"]) for of in done]
+    count, complete = len(replicates), sum(found.count(of) == arms for of in replicates)
+    finished = f"{complete} of {count} replicates are finished ({len(found)} of {count * arms} runs)."
     return finished + " A verdict is given when both of its arms have all replicates, not before." * (complete < count)
 
 
-def scores(results: Path) -> str:
-    """Accuracies of the main arms of `few_images` that have all their replicates, and of classifiers that train no network."""
-    folder = results / "published" / "few_images"
-    frame, plan = runs.load(folder), runs.plan(folder)
-    finished = frame.groupby("arm").size() == len(plan["replicates"])
+def scores(results: Path, plan: str) -> str:
+    """Scores of the main arms of a plan that have all their replicates, and of classifiers that train no network."""
+    folder = results / "published" / plan
+    frame, content = runs.load(folder), runs.plan(folder)
+    finished = frame.groupby("arm").size() == len(content["replicates"])
+    metric, epoch = content["metric"], content["epoch"]
     named = {
-        tables.title(arm): interval(tables.scores(frame[frame.arm == arm], plan["metric"]))
-        for arm in ("teacher", "student", "hdkd", "vit", "deit", "cskd", "mhca", "dearkd")
-        if finished.get(arm)
+        tables.title(arm): interval(tables.scores(frame[frame.arm == arm], metric, epoch)) for arm in MAIN if finished.get(arm)
     }
-    text = f"Accuracy in percent at the last epoch: {', '.join(f'{name} {score}' for name, score in named.items())}."
+    words = tables.METRICS[metric]
+    text = f"{words[0].upper()}{words[1:]} in percent at the {epoch} epoch: "
+    text += f"{', '.join(f'{name} {score}' for name, score in named.items())}."
     file = folder / "tables" / "baselines.csv"
     if file.exists():
-        means = pd.read_csv(file).groupby("classifier", sort=False).accuracy.mean()
+        means = pd.read_csv(file).groupby("classifier", sort=False)[metric].mean()
         text += f" Without training a network: {', '.join(f'{name} {100 * mean:.1f}' for name, mean in means.items())}."
     return text
 
@@ -106,38 +112,34 @@ def copies(results: Path) -> str:
     return f"In the brain tumour set's published split, {found} of {count} test images are pixel-identical to a training image."
 
 
-def trials(results: Path) -> str:
-    """P0 of `few_images`: what validation said of every trial; the test images are not looked at."""
-    rows = []
-    for run in runs.packed(results / "published" / "few_images_p0").values():
-        method, recipe, last = run["config"]["method"], run["config"]["recipe"], run["metrics"]["last"]
+def trials(results: Path, plan: str) -> str:
+    """What validation said of every trial of a P0; the test images are not looked at."""
+    folder, rows = results / "published" / plan, []
+    metric = runs.plan(folder).get("metric", "accuracy")
+    for run in runs.packed(folder).values():
+        method, recipe, measured = run["config"]["method"], run["config"]["recipe"], run["metrics"]
         logits = f"{method['distill_type']}, tau {method['tau']:g}" if "distill_type" in method else ""
-        scores = [f"{100 * of['accuracy']:.1f}" for of in (last["train"], last["val"], run["metrics"]["best"]["val"])]
-        rows.append([f"`{run['job']['arm']}`", method["student"]["name"], recipe["epochs"], recipe["lr"], logits, *scores])
-    columns = [
-        "trial",
-        "network",
-        "epochs",
-        "rate",
-        "distillation of logits",
-        "training images, clean",
-        "validation, last epoch",
-    ]
-    return pd.DataFrame(rows, columns=[*columns, "best epoch"]).to_markdown(index=False, disable_numparse=True)
+        scores = measured["last"]["train"]["accuracy"], *(measured[epoch]["val"][metric] for epoch in ("last", "best"))
+        network = [f"`{run['job']['arm']}`", method["student"]["name"], recipe["epochs"], recipe["lr"], logits]
+        rows.append([*network, *(f"{100 * score:.1f}" for score in scores)])
+    columns = ["trial", "network", "epochs", "rate", "distillation of logits", "training images, clean"]
+    table = pd.DataFrame(rows, columns=[*columns, "validation, last epoch", "best epoch"])
+    return table.to_markdown(index=False, disable_numparse=True)
 
 
-def pixels(results: Path) -> str:
+def pixels(results: Path, plan: str) -> str:
     """What classifiers on pixels reach on P0's validation images."""
-    scores = pd.read_csv(results / "published" / "few_images_p0" / "pixels.csv").set_index("classifier").balanced_accuracy
+    scores = pd.read_csv(results / "published" / plan / "pixels.csv").set_index("classifier").balanced_accuracy
     both = " and ".join(f"{name} {100 * score:.1f} %" for name, score in scores.items())
     return f"On 16x16 grey pixels of the same images: {both} on validation; chance is 10 %."
 
 
+WRITERS = {writer.__name__: writer for writer in (verdicts, scores, progress, earlier, commits, leaks, copies, trials, pixels)}
 # The blocks of each text, by its path in the repository.
-TEXTS: dict[str, tuple[Callable[[Path], str], ...]] = {
-    "README.md": (verdicts, scores, progress, leaks, copies),
-    "results/README.md": (earlier, commits),
-    "results/few_images_p0.md": (trials, pixels),
+TEXTS: dict[str, tuple[str, ...]] = {
+    "README.md": ("verdicts few_images", "scores few_images", "progress few_images", "leaks", "copies"),
+    "results/README.md": ("earlier", "commits"),
+    "results/few_images_p0.md": ("trials few_images_p0", "pixels few_images_p0"),
 }
 
 
@@ -147,14 +149,14 @@ def write(name: str, text: str, results: Path) -> str:
     Raises:
         ValueError: a block has no end or another name, or one is missing.
     """
-    blocks = {block.__name__: block for block in TEXTS[name]}
-    found = re.findall(r"<!-- (\w+) -->\n", text)
+    blocks = TEXTS[name]
+    found = re.findall(r"<!-- ([\w ]+) -->\n", text)
     if sorted(found[::2]) != sorted(blocks) or found[1::2] != ["end"] * len(blocks):
         raise ValueError(
             f"{name} must hold each of the blocks {', '.join(blocks)} once, with its end (found {', '.join(found)})"
         )
-    for block, written in blocks.items():
-        text = re.sub(
-            rf"<!-- {block} -->\n.*?<!-- end -->", f"<!-- {block} -->\n{written(results)}\n<!-- end -->", text, flags=re.S
-        )
+    for block in blocks:
+        writer, *plan = block.split()
+        written = WRITERS[writer](results, *plan)
+        text = re.sub(rf"<!-- {block} -->\n.*?<!-- end -->", f"<!-- {block} -->\n{written}\n<!-- end -->", text, flags=re.S)
     return text

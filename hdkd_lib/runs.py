@@ -434,7 +434,7 @@ def packed(folder: str | Path) -> dict[str, dict]:
 
 def packed_table(folder: str | Path, name: str) -> pd.DataFrame | None:
     """ "history", "splits" or "predictions" of packed runs; the last is indexed by id and label (index of the class)."""
-    file = Path(folder) / f"{name}.csv.gz"
+    file = Path(folder) / f"{name}.csv.xz"
     return _read_once(str(file), file.stat().st_mtime_ns) if file.exists() else None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from hdkd_lib import methods, runs, statistics
-from hdkd_lib.metrics import Predictions, weighted
+from hdkd_lib.metrics import Predictions, auroc_of, weighted
 from hdkd_lib.parameters import one_sentence
 from hdkd_lib.recipes import Recipe
 from hdkd_lib.runs import Run
@@ -274,6 +274,25 @@ def recalls(predictions: Mapping[str, Sequence[Predictions]], classes: Sequence[
         for c, name in enumerate(classes)
     ]
     return pd.DataFrame(rows, columns=["arm", "class", "recall", "low", "high"])
+
+
+@one_sentence
+def detection(
+    predictions: Mapping[str, Sequence[Predictions]], classes: Sequence[str], positive: Sequence[str]
+) -> pd.DataFrame:
+    """One row per arm: AUROC of the classes `positive` together (as of what is malignant) against all others, in percent.
+
+    Args:
+        predictions: by arm, of every replicate: mean ± 95 % t interval, for other training images but these test images.
+
+    Raises:
+        ValueError: an unknown class, or runs that keep the predicted class only.
+    """
+    if unknown := [name for name in positive if name not in classes]:
+        raise ValueError(f"positive: no class {unknown[0]!r} here; there are {', '.join(classes)}")
+    numbers = [list(classes).index(name) for name in positive]
+    rows = {arm: str(interval([auroc_of(one, numbers) for one in of])) for arm, of in predictions.items()}
+    return pd.DataFrame({f"AUROC of {', '.join(positive)}": rows}).rename_axis("arm")
 
 
 def calibration(of: Sequence[Predictions], bins: int = 15) -> pd.DataFrame:

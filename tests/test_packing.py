@@ -36,10 +36,10 @@ def test_what_was_packed_comes_back_without_weights_and_probabilities(folders, t
     paths = folders("teacher-seed0", "hdkd-seed1")
     assert packing.pack(paths, tmp_path / "packed") == ["teacher-seed0", "hdkd-seed1"]
     assert sorted(f.name for f in (tmp_path / "packed").iterdir()) == [
-        "history.csv.gz",
-        "predictions.csv.gz",
+        "history.csv.xz",
+        "predictions.csv.xz",
         "runs.json",
-        "splits.csv.gz",
+        "splits.csv.xz",
     ]
     for name, path in paths.items():
         own = Run(packing.unpack(tmp_path / "packed", name, tmp_path / "back" / name))
@@ -60,7 +60,7 @@ def test_what_was_packed_comes_back_without_weights_and_probabilities(folders, t
 def test_the_metrics_follow_from_the_packed_predictions(folders, tmp_path, digits):
     (path,) = folders("hdkd-seed0").values()
     packing.pack({"hdkd-seed0": path}, tmp_path / "packed")
-    predictions = pd.read_csv(tmp_path / "packed" / "predictions.csv.gz", dtype={"id": str}).set_index("id")
+    predictions = pd.read_csv(tmp_path / "packed" / "predictions.csv.xz", dtype={"id": str}).set_index("id")
     assert (
         predictions.label.map(lambda c: int(digits.classes[c])).to_dict()
         == pd.read_csv(path / "predictions.csv", dtype={"id": str}).set_index("id").label.to_dict()
@@ -86,13 +86,13 @@ def test_class_and_percent_are_kept_and_what_the_metric_needs(folders, tmp_path)
         assert (packed.predicted[order] == original.predicted).all()
     assert small.probabilities is None
     assert np.abs(whole.probabilities[order] - original.probabilities).max() <= 0.0005 + 1e-6
-    table = pd.read_csv(tmp_path / "accuracy" / "predictions.csv.gz", dtype={"id": str}).drop(columns="id")
+    table = pd.read_csv(tmp_path / "accuracy" / "predictions.csv.xz", dtype={"id": str}).drop(columns="id")
     assert all(pd.api.types.is_integer_dtype(kind) for kind in table.dtypes)
 
 
 def test_the_split_is_one_row_per_image(folders, tmp_path, finished_run):
     packing.pack(folders("a-seed0", "b-seed0"), tmp_path / "packed")
-    splits = pd.read_csv(tmp_path / "packed" / "splits.csv.gz", dtype=str)
+    splits = pd.read_csv(tmp_path / "packed" / "splits.csv.xz", dtype=str)
     own = pd.read_csv(finished_run.path / "split.csv", dtype=str)
     assert set(splits.split) == {finished_run.config["data"]["split"]}
     assert set(zip(splits.id, splits.part, strict=True)) == set(zip(own.id, own.part, strict=True))
@@ -108,8 +108,8 @@ def test_runs_are_added_and_unpacked_ones_stay_as_they_are(folders, tmp_path):
     elsewhere = {"a-seed0": packing.unpack(packed, "a-seed0", tmp_path / "elsewhere" / "a-seed0")} | folders("b-seed0")
     assert packing.pack(elsewhere, packed) == ["b-seed0"]
     assert runs.packed(packed).keys() == {"a-seed0", "b-seed0"}
-    assert set(pd.read_csv(packed / "history.csv.gz").run) == {"a-seed0", "b-seed0"}
-    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 2 * 3)
+    assert set(pd.read_csv(packed / "history.csv.xz").run) == {"a-seed0", "b-seed0"}
+    assert pd.read_csv(packed / "predictions.csv.xz").shape == (60, 2 + 2 * 3)
 
 
 def test_runs_that_left_the_plan_are_dropped(folders, tmp_path):
@@ -117,8 +117,8 @@ def test_runs_that_left_the_plan_are_dropped(folders, tmp_path):
     packing.pack(folders("a-seed0", "b-seed0"), packed)
     assert packing.pack({}, packed, keep=["b-seed0"]) == []
     assert runs.packed(packed).keys() == {"b-seed0"}
-    assert set(pd.read_csv(packed / "history.csv.gz").run) == {"b-seed0"}
-    assert pd.read_csv(packed / "predictions.csv.gz").shape == (60, 2 + 3)
+    assert set(pd.read_csv(packed / "history.csv.xz").run) == {"b-seed0"}
+    assert pd.read_csv(packed / "predictions.csv.xz").shape == (60, 2 + 3)
 
 
 def test_a_run_that_was_repeated_replaces_its_packed_form(folders, tmp_path):
@@ -128,4 +128,4 @@ def test_a_run_that_was_repeated_replaces_its_packed_form(folders, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": -1.0}))
     assert packing.pack(paths, tmp_path / "packed") == ["a-seed0"]
     assert runs.packed(tmp_path / "packed")["a-seed0"]["metrics"]["seconds"] == -1.0
-    assert pd.read_csv(tmp_path / "packed" / "history.csv.gz").shape[0] == len(Run(paths["a-seed0"]).history)
+    assert pd.read_csv(tmp_path / "packed" / "history.csv.xz").shape[0] == len(Run(paths["a-seed0"]).history)

@@ -316,11 +316,11 @@ def test_a_published_plan_is_what_its_manifest_says(copied, tmp_path):
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"plan": "published", "files": files}))
     assert len(runs.load(folder)) == len(runs.load(tmp_path / "runs")) == 1
-    (folder / "history.csv.gz").write_bytes(b"another")
-    with pytest.raises(ValueError, match=r"history.csv.gz is not the file that was published; restore .* make publish PLAN"):
+    (folder / "history.csv.xz").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"history.csv.xz is not the file that was published; restore .* make publish PLAN"):
         runs.load(folder)
-    (folder / "history.csv.gz").unlink()
-    with pytest.raises(ValueError, match=r"history.csv.gz is missing; restore"):
+    (folder / "history.csv.xz").unlink()
+    with pytest.raises(ValueError, match=r"history.csv.xz is missing; restore"):
         runs.load(folder)
     (folder / "runs.json").unlink()
     with pytest.raises(ValueError, match=r"published in an older form; publish it anew: make publish PLAN=published"):

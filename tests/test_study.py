@@ -750,7 +750,7 @@ def test_a_published_plan_is_about_ten_files_without_a_path_of_this_machine(trai
     published = trained()
     assert study.publish("tiny").startswith("12 runs packed anew, 12 of 12 in")
     names = {path.name for path in published.iterdir()}
-    packed = {"runs.json", "history.csv.gz", "splits.csv.gz", "predictions.csv.gz"}
+    packed = {"runs.json", "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"}
     assert names == packed | {
         *("plan.yaml", "plan.json", "tables", "figures", "09_tables.ipynb", "10_figures.ipynb", "manifest.json")
     }

@@ -377,6 +377,23 @@ def test_a_metric_of_probabilities_is_refused_where_only_classes_are_kept():
         weighted("acuracy", of)
 
 
+def test_detection_is_scikit_learns_auroc_of_the_joint_probability():
+    random = np.random.default_rng(1)
+    labels, probabilities = random.integers(4, size=80), random.dirichlet(np.ones(4), (2, 80)).round(2)  # with ties
+    told = [Predictions.of([str(i) for i in range(80)], labels, of) for of in probabilities]
+    table = tables.detection({"vit": told, "one": told[:1]}, ["mel", "nv", "bcc", "df"], ["bcc", "mel"])
+    each = [100 * roc_auc_score(np.isin(labels, [0, 2]), (of[:, 0] + of[:, 2]).round(6)) for of in probabilities]
+    assert table["AUROC of bcc, mel"].to_dict() == {
+        "vit": f"{np.mean(each):.1f} ± {12.706 * abs(each[0] - each[1]) / 2:.1f}",
+        "one": f"{each[0]:.1f}",
+    }
+    with pytest.raises(ValueError, match="positive: no class 'melanoma' here; there are mel, nv, bcc, df"):
+        tables.detection({}, ["mel", "nv", "bcc", "df"], ["melanoma"])
+    kept = Predictions(told[0].ids, labels, told[0].predicted, told[0].confidence)
+    with pytest.raises(ValueError, match="only the predicted class is kept"):
+        tables.detection({"vit": [kept]}, ["mel", "nv", "bcc", "df"], ["mel"])
+
+
 def test_recalls_agree_with_scikit_learn_and_their_intervals_hold_for_other_runs_and_other_images(folder):
     frame = runs.load(folder)
     told = tables.predictions(frame)
