@@ -35,21 +35,18 @@ TEXTS = [
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "results").glob("*.md")),
 ]
+P0 = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "results").glob("*_p0.md"))
 CHAPTERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb"))
 REPORTS = {"09_tables": "Tables, executed", "10_figures": "Figures, executed", "08_ablations": "Ablations, executed"}
 SOURCE = {".py": "python", ".yaml": "yaml", ".toml": "toml"}  # shown on a page of their own
 REPOSITORY = os.environ.get("HDKD_REPOSITORY", "")  # https://HOST/OWNER/NAME
 # What the blocks of numbers are made of: plans, or files of results/.
 AUDITS = [f"results/audits/{name}" for name in ("brain_tumor", "ham10000")]
-BLOCKS = {
-    "verdicts few_images": [PUBLISHED / "few_images"],
-    "scores few_images": [PUBLISHED / "few_images"],
-    "progress few_images": [PUBLISHED / "few_images"],
+BLOCKS = {block: [PUBLISHED / block.split()[1]] for of in readme.TEXTS.values() for block in of if " " in block} | {
     "leaks": [Path(f"{folder}/leakage_gain.csv") for folder in AUDITS],
     "copies": [Path(AUDITS[0]) / "card.json"],
     "earlier": [PUBLISHED / plan for plan in dict.fromkeys(plan for plan, *_ in readme.EARLIER)],
     "commits": [PUBLISHED / plan for plan in dict.fromkeys([*(plan for plan, *_ in readme.EARLIER), "data_efficiency"])],
-    "trials few_images_p0": [PUBLISHED / "few_images_p0"],
     "pixels few_images_p0": [PUBLISHED / "few_images_p0" / "pixels.csv"],
 }
 
@@ -335,7 +332,7 @@ def _toctree(caption: str, entries: list[str]) -> str:
 
 NAVIGATION = (
     _toctree("Notebooks", [name.removesuffix(".ipynb") for name in CHAPTERS])
-    + _toctree("Results", ["results/README", *(f"{plan}/index" for plan in PLANS), "results/few_images_p0", "results/LOG"])
+    + _toctree("Results", ["results/README", *(f"{plan}/index" for plan in PLANS), *P0, "results/LOG"])
     + _toctree("Guides", ["docs/worse", "CONTRIBUTING", "CHANGELOG", "docs/clusters", "docs/timm", "docs/glossary"])
     + _toctree("Reference", ["api/index"])
 )

@@ -120,7 +120,10 @@ def trials(results: Path, plan: str) -> str:
         method, recipe, measured = run["config"]["method"], run["config"]["recipe"], run["metrics"]
         logits = f"{method['distill_type']}, tau {method['tau']:g}" if "distill_type" in method else ""
         scores = measured["last"]["train"]["accuracy"], *(measured[epoch]["val"][metric] for epoch in ("last", "best"))
-        network = [f"`{run['job']['arm']}`", method["student"]["name"], recipe["epochs"], recipe["lr"], logits]
+        name = method["student"]["name"] + " (head only)" * method.get("probe", False)
+        decay = recipe.get("layer_decay", 1.0)
+        rate = f"{recipe['lr']:g}" + (f", {decay:g} from block to block" if decay < 1 else "")
+        network = [f"`{run['job']['arm']}`", name, recipe["epochs"], rate, logits]
         rows.append([*network, *(f"{100 * score:.1f}" for score in scores)])
     columns = ["trial", "network", "epochs", "rate", "distillation of logits", "training images, clean"]
     table = pd.DataFrame(rows, columns=[*columns, "validation, last epoch", "best epoch"])
@@ -140,6 +143,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "README.md": ("verdicts few_images", "scores few_images", "progress few_images", "leaks", "copies"),
     "results/README.md": ("earlier", "commits"),
     "results/few_images_p0.md": ("trials few_images_p0", "pixels few_images_p0"),
+    "results/skin_p0.md": ("trials skin_p0",),
 }
 
 
