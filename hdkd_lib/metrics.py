@@ -89,7 +89,8 @@ def weighted(metric: str, of: Predictions, weights: np.ndarray | None = None) ->
         if metric == "macro_auroc":
             if of.probabilities is None:
                 raise ValueError("macro_auroc needs the probabilities of all classes, and only the predicted class is kept")
-            return np.nanmean([_auroc(of.probabilities[:, c], of.labels == c, weights) for c in classes], 0)
+            columns = np.ascontiguousarray(weights.T)
+            return np.nanmean([_auroc(of.probabilities[:, c], of.labels == c, columns) for c in classes], 0)
     raise ValueError(f"unknown metric {metric!r}; known: accuracy, balanced_accuracy, ece, macro_auroc, macro_f1")
 
 
@@ -102,18 +103,18 @@ def auroc_of(of: Predictions, positive: Sequence[int]) -> float:
     if of.probabilities is None:
         raise ValueError("an AUROC of some classes needs the probabilities of all, and only the predicted class is kept")
     scores = of.probabilities[:, list(positive)].sum(1).round(6)  # sums of equal terms are equal
-    return _auroc(scores, np.isin(of.labels, list(positive)), np.ones((1, len(of.labels))))[0].item()
+    return _auroc(scores, np.isin(of.labels, list(positive)), np.ones((len(of.labels), 1)))[0].item()
 
 
 def _auroc(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(B,): the share of pairs of a positive and a negative that `scores` order rightly; ties count half."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])  # of equal scores
-    positive, negative = (
-        np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (is_positive, ~is_positive)
-    )
-    below = np.cumsum(negative, 1) - negative / 2
-    return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    """(B,): the share of pairs of a positive and a negative that `scores` (N,) order rightly; a tie is half; weights (N, B)."""
+    negatives = np.flatnonzero(~is_positive)
+    negatives = negatives[np.argsort(scores[negatives])]
+    below = np.vstack([np.zeros_like(weights[:1]), weights[negatives].cumsum(0)])  # weight of the first 0, 1, ... negatives
+    smaller, at_most = (np.searchsorted(scores[negatives], scores[is_positive], side) for side in ("left", "right"))
+    positive = weights[is_positive]
+    won = np.einsum("pb,pb->b", positive, below[smaller] + below[at_most]) / 2
+    return won / (positive.sum(0) * below[-1])
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

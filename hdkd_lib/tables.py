@@ -128,7 +128,7 @@ def contrast(pairs: pd.DataFrame, metric: str, epoch: str, smallest: float, cont
     variances, count = (0.0, 0.0), 2
     if scored is not None and np.abs(differences).max() > 1e-12:
         groups = _groups(pairs.path.iloc[0], scored[0][0])
-        variances, count = _test_variances(scored, metric, groups), len(set(groups))
+        variances, count = _test_variances(pairs, scored, metric, epoch, groups), len(set(groups))
     return statistics.contrast(differences, statistics.crossed(differences, *variances, count), smallest, contrasts)
 
 
@@ -500,14 +500,25 @@ def _groups(path: str, of: Predictions) -> np.ndarray:
     return split.set_index("id").group.reindex(of.ids).to_numpy(str)
 
 
-def _test_variances(scored: list, metric: str, groups: np.ndarray) -> tuple[float, float]:
+def _test_variances(pairs: pd.DataFrame, scored: list, metric: str, epoch: str, groups: np.ndarray) -> tuple[float, float]:
     if metric == "accuracy":
         right = [[side.predicted == side.labels for side in pair] for pair in scored]
         return statistics.image_variances(np.array([a.astype(float) - b for a, b in right]), groups)
-    names, number = np.unique(groups, return_inverse=True)
+    a, b = ([_resampled(path, epoch, metric) for path in paths] for paths in (pairs.path, pairs.path_b))
+    return statistics.resampled_variances(np.stack(a, 1) - np.stack(b, 1))
+
+
+def _resampled(path: str, epoch: str, metric: str) -> np.ndarray:
+    """(RESAMPLES,) values of a run's metric when groups of test images are drawn anew, the same for all runs of a test part."""
+    return _resampled_once(path, epoch, metric, Run(path).file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)  # a run may be in several contrasts, and a contrast in tables and figures
+def _resampled_once(path: str, epoch: str, metric: str, changed: int) -> np.ndarray:
+    of = _scored(path, epoch)
+    names, number = np.unique(_groups(path, of), return_inverse=True)
     counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    differences = [weighted(metric, a, counts[:, number]) - weighted(metric, b, counts[:, number]) for a, b in scored]
-    return statistics.resampled_variances(np.stack(differences, 1))
+    return weighted(metric, of, counts[:, number])
 
 
 def scores(frame: pd.DataFrame, metric: str, epoch: str = "last") -> pd.Series:
