@@ -35,7 +35,8 @@ def verdicts(results: Path, plan: str) -> str:
     table["claim"] = table.claim.where(~table.claim.duplicated(), "")  # once for all contrasts of a question
     text = table.to_markdown(index=False, disable_numparse=True)
     figure = folder / "figures" / "contrasts.png"
-    return text + (f"\n\n![contrasts]({figure.relative_to(results.parent).as_posix()})" if figure.exists() else "")
+    alt = f"every contrast of {plan}: differences of each replicate, their mean and its interval"
+    return text + (f"\n\n![{alt}]({figure.relative_to(results.parent).as_posix()})" if figure.exists() else "")
 
 
 def progress(results: Path, plan: str) -> str:
