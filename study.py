@@ -657,7 +657,7 @@ def _take_published(expanded: dict, folder: Path) -> None:
     from hdkd_lib import packing, runs
 
     source = RESULTS / "published" / expanded["plan"]
-    published = runs.read_json(source / "runs.json") or {}
+    published = runs.packed(source)
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
 
     packed = {
@@ -722,7 +722,7 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     aside = target.with_name(f".{plan}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for file in ("runs.json", "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"):
+    for file in (runs.PACKED, "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"):
         if (target / file).exists():
             shutil.copyfile(target / file, aside / file)
     new = packing.pack(finished, aside, expanded["content"].get("metric", "accuracy"), keep=jobs)

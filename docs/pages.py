@@ -27,7 +27,7 @@ from hdkd_lib import readme, runs, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path("results/published")
-PLANS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / PUBLISHED).glob("*/runs.json"))
+PLANS = sorted(path.parent.relative_to(ROOT) for path in (ROOT / PUBLISHED).glob(f"*/{runs.PACKED}"))
 TEXTS = [
     "README.md",
     "CONTRIBUTING.md",
@@ -108,7 +108,7 @@ class Site:
         lines = []
         for source in sources:
             if source in PLANS:
-                manifest = source / "manifest.json" if (ROOT / source / "manifest.json").exists() else source / "runs.json"
+                manifest = source / "manifest.json" if (ROOT / source / "manifest.json").exists() else source / runs.PACKED
                 of = runs.packed(ROOT / source).values()
                 carried = sorted({run["environment"]["commit"][:7] for run in of})
                 known = f"[{source.name}]({self.link(source, base)})"

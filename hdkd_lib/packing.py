@@ -1,6 +1,6 @@
 """Many finished runs in four small files, without weights, and back. `runs.Run` and `runs.load` read them as they read folders.
 
-    runs.json           by run: config, job, environment, metrics, and split, the key of its split
+    runs.json.xz        by run: config, job, environment, metrics, and split, the key of its split
     history.csv.xz      one row per run and epoch, numbers to six digits
     splits.csv.xz       one row per split and image: split, id, part, and group where images of one group stay together
     predictions.csv.xz  one row per test image: id, label (index of its class), and columns per run: at each epoch kept (last,
@@ -11,13 +11,14 @@
 
 import hashlib
 import json
+import lzma
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from hdkd_lib.runs import PREDICTIONS, Run, packed, packed_table, write_atomically, write_json
+from hdkd_lib.runs import PACKED, PREDICTIONS, Run, packed, packed_table, write_atomically, write_json
 
 DOCUMENTS = ("config", "job", "environment", "metrics")  # files NAME.json of a run folder
 OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "ece")  # metrics for which that suffices
@@ -67,9 +68,9 @@ def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", ke
     _write(history, folder / "history.csv.xz", index=False, float_format="%.6g")
     _write(splits, folder / "splits.csv.xz", index=False)
     _write(joined.astype(dict.fromkeys(whole, "Int16")), folder / "predictions.csv.xz")
-    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(of, separators=(',', ':'))}" for name, of in sorted(runs.items()))
-    # Last, since what it does not name is packed anew; a line per run.
-    write_atomically(folder / "runs.json", lambda aside: aside.write_text(f"{{\n{text}\n}}\n"))
+    text = json.dumps(dict(sorted(runs.items())), separators=(",", ":"))
+    # Last, since what it does not name is packed anew.
+    write_atomically(folder / PACKED, lambda aside: aside.write_bytes(lzma.compress(text.encode(), preset=9)))
     return list(new)
 
 

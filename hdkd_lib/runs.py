@@ -22,6 +22,7 @@ A published plan holds the same of all its runs in a few files (`hdkd_lib.packin
 import functools
 import hashlib
 import json
+import lzma
 import os
 import platform
 import re
@@ -48,6 +49,7 @@ from hdkd_lib.parameters import one_sentence
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("config.json", "job.json", "environment.json", "metrics.json", "checksums.json")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")
+PACKED = "runs.json.xz"  # of a folder of packed runs (`hdkd_lib.packing`)
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv", "ema": "predictions_ema.csv"}
 # What older runs call otherwise in their config.json, by its sections.
 OLD_NAMES = {"method": {"kind": "distill_type", "stage1_fraction": "distill_until"}, "recipe": {"repeats": "aug_repeats"}}
@@ -71,7 +73,7 @@ def from_root(path: str | Path) -> Path:
     goes where the first of its parents is.
     """
     path = Path(path).expanduser()
-    for there in (path, path.parent / "runs.json", Path(*path.parts[:1])):  # packed runs have no folders
+    for there in (path, path.parent / PACKED, Path(*path.parts[:1])):  # packed runs have no folders
         for base in (Path(), results_dir().parent, ROOT):
             if (base / there).exists():
                 return base / path
@@ -319,8 +321,8 @@ class Run:
 
     @property
     def file(self) -> Path:
-        """The file that says that the run is finished: its metrics.json, or the runs.json that it is packed in."""
-        return self.path / "metrics.json" if self._packed is None else self.path.parent / "runs.json"
+        """The file that says that the run is finished: its metrics.json, or the file that it is packed in."""
+        return self.path / "metrics.json" if self._packed is None else self.path.parent / PACKED
 
     @property
     def metrics(self) -> dict:
@@ -428,7 +430,7 @@ class Run:
 
 def packed(folder: str | Path) -> dict[str, dict]:
     """The runs packed in `folder` by name: `config`, `job`, `environment` and `metrics` of each; {} where nothing is packed."""
-    file = Path(folder) / "runs.json"
+    file = Path(folder) / PACKED
     return _read_once(str(file), file.stat().st_mtime_ns) if file.exists() else {}
 
 
@@ -440,8 +442,8 @@ def packed_table(folder: str | Path, name: str) -> pd.DataFrame | None:
 
 @functools.lru_cache(maxsize=24)
 def _read_once(file: str, changed: int) -> dict | pd.DataFrame:
-    if file.endswith(".json"):
-        return json.loads(Path(file).read_text())
+    if Path(file).name == PACKED:
+        return json.loads(lzma.decompress(Path(file).read_bytes()))
     table = pd.read_csv(file, dtype={"id": str, "split": str, "group": str})
     return table.set_index(["id", "label"]) if "label" in table else table
 
@@ -549,7 +551,7 @@ def remeasure(folder: str | Path) -> int:
 
 def _check_published(manifest: Path) -> None:
     folder, plan = manifest.parent, manifest.parent.name
-    if not (folder / "runs.json").exists():
+    if not (folder / PACKED).exists():
         raise ValueError(f"{folder} was published in an older form; publish it anew: make publish PLAN={plan}")
     for name, digest in json.loads(manifest.read_text())["files"].items():
         file = folder / name

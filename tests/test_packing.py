@@ -38,7 +38,7 @@ def test_what_was_packed_comes_back_without_weights_and_probabilities(folders, t
     assert sorted(f.name for f in (tmp_path / "packed").iterdir()) == [
         "history.csv.xz",
         "predictions.csv.xz",
-        "runs.json",
+        "runs.json.xz",
         "splits.csv.xz",
     ]
     for name, path in paths.items():

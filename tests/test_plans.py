@@ -10,7 +10,7 @@ import study
 from hdkd_lib import methods, recipes, runs
 
 # The runs of smoke are chapters: test_experiment compares these with run.ipynb.
-PUBLISHED = [file.parent for file in sorted((study.ROOT / "results" / "published").glob("*/runs.json"))]
+PUBLISHED = [file.parent for file in sorted((study.ROOT / "results" / "published").glob("*/runs.json.xz"))]
 PUBLISHED = [folder for folder in PUBLISHED if folder.name != "smoke"]
 DEFAULTS = study._defaults("run")
 

@@ -20,7 +20,7 @@ from hdkd_lib.runs import Run
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PUBLISHED = sorted(path.parent for path in (ROOT / "results" / "published").glob("*/manifest.json"))
-PACKED = sorted(path.parent for path in (ROOT / "results" / "published").glob("*/runs.json"))
+PACKED = sorted(path.parent for path in (ROOT / "results" / "published").glob("*/runs.json.xz"))
 
 
 def requirements() -> dict[str, Requirement]:

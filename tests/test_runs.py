@@ -322,7 +322,7 @@ def test_a_published_plan_is_what_its_manifest_says(copied, tmp_path):
     (folder / "history.csv.xz").unlink()
     with pytest.raises(ValueError, match=r"history.csv.xz is missing; restore"):
         runs.load(folder)
-    (folder / "runs.json").unlink()
+    (folder / "runs.json.xz").unlink()
     with pytest.raises(ValueError, match=r"published in an older form; publish it anew: make publish PLAN=published"):
         runs.load(folder)
 

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PLANS = sorted(path.parent.name for path in (ROOT / "results" / "published").glob("*/runs.json"))
+PLANS = sorted(path.parent.name for path in (ROOT / "results" / "published").glob("*/runs.json.xz"))
 
 
 def dead_links(site: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import lzma
 import os
 import select
 import shutil
@@ -671,7 +672,7 @@ def published(plan, tmp_path, monkeypatch):
             packed[name] = {"job": {"notebook": job["notebook"], "parameters": job["parameters"] | parameters}}
         folder = tmp_path / "results" / "published" / "tiny"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "runs.json").write_text(json.dumps(packed))
+        (folder / "runs.json.xz").write_bytes(lzma.compress(json.dumps(packed).encode()))
         monkeypatch.setattr("hdkd_lib.packing.unpack", lambda _, name, folder: finished(folder.parent, name))
         return expanded
 
@@ -750,7 +751,7 @@ def test_a_published_plan_is_about_ten_files_without_a_path_of_this_machine(trai
     published = trained()
     assert study.publish("tiny").startswith("12 runs packed anew, 12 of 12 in")
     names = {path.name for path in published.iterdir()}
-    packed = {"runs.json", "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"}
+    packed = {"runs.json.xz", "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"}
     assert names == packed | {
         *("plan.yaml", "plan.json", "tables", "figures", "09_tables.ipynb", "10_figures.ipynb", "manifest.json")
     }
@@ -801,7 +802,7 @@ def test_runs_that_do_not_belong_together_are_published_only_as_mixed(trained):
     for partial in (True, False):
         with pytest.raises(ValueError, match=message):
             study.publish("tiny", partial=partial)
-    assert not (published / "runs.json").exists()
+    assert not (published / "runs.json.xz").exists()
     (own / "job.json").write_text(json.dumps(job | {"notebook": "03_student"}))
     with pytest.raises(ValueError, match=r"1 runs were made by another notebook than the plan's \(again-draw0-seed0, "):
         study.publish("tiny", partial=True)
