@@ -1,5 +1,6 @@
 # make                                this help
 # make study [PLAN=smoke] [CORES=2]   run a plan: its table and figures
+#                                     ANEW=1: train its published runs, too, which else count as done
 #                                     GPUS=2 RUNS_PER_GPU=4: on how many GPUs (all), and how many runs share one (1)
 #                                     PROFILE=profiles/slurm: on a cluster (docs/clusters.md)
 # make test                           ruff and pytest, without what takes minutes
@@ -31,7 +32,7 @@ help:
 study dry-run: WHERE = --cores $(CORES) $(if $(PROFILE),--profile $(PROFILE)) $(if $(GPUS),--gpus $(GPUS)) \
   $(if $(RUNS_PER_GPU),--runs-per-gpu $(RUNS_PER_GPU))
 study: .venv/installed
-	@$(BIN)/python study.py run $(PLAN) $(WHERE)
+	@$(BIN)/python study.py run $(PLAN) $(if $(ANEW),--anew) $(WHERE)
 
 dry-run: .venv/installed
 	@$(BIN)/python study.py run $(PLAN) --dry-run $(WHERE)

@@ -1,6 +1,7 @@
 """The batch: plans (notebooks/plans/*.yaml) checked, expanded into jobs, run by Snakemake and papermill, and published.
 
     python study.py run smoke --cores 2     # what is missing of the plan, then its table; `make study` calls this
+    python study.py run smoke --anew        # what is published does not count as done
     python study.py run smoke --profile profiles/slurm # its runs are jobs of a cluster (docs/clusters.md)
     python study.py publish smoke           # pack its runs, tables and figures into results/published/
     python study.py publish smoke --partial # pack what is finished so far, without tables and figures
@@ -93,7 +94,7 @@ def expand(plan: str) -> dict:
     for arm in content.get("students", []):
         _known(arm, list(arms), f"arm in students of {plan}.yaml")
     _check_questions(plan, content, list(arms))
-    _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"])
+    _check_arms(plan, [job for job in jobs.values() if job["notebook"] == "run"], content.get("epoch"))
     return {"plan": plan, "threads": content.get("threads", 1), "content": content, "jobs": jobs}
 
 
@@ -151,10 +152,10 @@ def _check_questions(plan: str, content: dict, arms: list[str]) -> None:
     if "metric" in content:
         from hdkd_lib.tables import METRICS
 
-        _known(content["metric"], list(METRICS), f"metric in {plan}.yaml")
+        _known(content["metric"], [name for name in METRICS if name != "ece"], f"metric in {plan}.yaml")  # more is better
 
 
-def _check_arms(plan: str, jobs: list[dict]) -> None:
+def _check_arms(plan: str, jobs: list[dict], epoch: str | None) -> None:
     """The names that only the library knows: networks, recipes and their fields, methods and their options."""
     for arm, job in {job["arm"]: job for job in jobs}.items():
         from hdkd_lib import experiment, inversion, models, recipes
@@ -163,7 +164,9 @@ def _check_arms(plan: str, jobs: list[dict]) -> None:
         try:
             experiment.check(parameters["method"], parameters["options"], has_teacher=bool(parameters["teacher"]))
             models.check_name(parameters["network"])
-            recipes.get(**parameters["recipe"])
+            recipe = recipes.get(**parameters["recipe"])
+            if epoch == "ema" and not recipe.ema:
+                raise ValueError("the plan's epoch is ema, and its recipe keeps no moving average; say ema: 0.99 in the recipe")
             inversion.settings(**parameters["synthesis"])
         except ValueError as error:
             raise ValueError(f"arm {arm} in {plan}.yaml: {error}") from error
@@ -350,11 +353,18 @@ def prepare(jobs_file: Path) -> None:
 
 
 def run(
-    plan: str, cores: int, dry_run: bool = False, profile: Path | None = None, gpus: int | None = None, runs_per_gpu: int = 1
+    plan: str,
+    cores: int,
+    dry_run: bool = False,
+    anew: bool = False,
+    profile: Path | None = None,
+    gpus: int | None = None,
+    runs_per_gpu: int = 1,
 ) -> int:
     """Runs what is missing of the plan and prints its table; the exit code is 1 if a run failed.
 
     Args:
+        anew: runs that are published, but were not trained here, are trained, too.
         profile: Snakemake's profile of a cluster, which then gives each job its GPU.
         gpus: how many of this machine's GPUs to use; default: all.
         runs_per_gpu: how many runs share a GPU.
@@ -381,7 +391,7 @@ def run(
     if not dry_run:
         _mend(folder, expanded)
         _set_aside_changed(jobs_file, expanded)
-        _take_published(expanded, folder)
+        _take_published(expanded, folder, anew)
         _note_changed_questions(expanded, folder)
     _write_json(jobs_file, expanded)
     arguments = [
@@ -623,8 +633,8 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _essence(job: dict | None) -> dict | None:
-    """What decides the result of a job."""
-    return job and {key: job.get(key) for key in ("notebook", "parameters", "needs", "report")}
+    """What decides the result of a job, as JSON reads it."""
+    return job and json.loads(json.dumps({key: job.get(key) for key in ("notebook", "parameters", "needs", "report")}))
 
 
 def _mend(folder: Path, expanded: dict) -> None:
@@ -651,13 +661,13 @@ def _mend_run(folder: Path, weights: bool) -> None:
             runs.mend(folder, weights=weights)
 
 
-def _take_published(expanded: dict, folder: Path) -> None:
-    """Runs that are published, but not here, are taken as done; a teacher whose weights are needed, and are not here or
-    damaged, is trained again."""
+def _take_published(expanded: dict, folder: Path, anew: bool = False) -> None:
+    """Runs that are published, but not here, are taken as done, unless `anew`; a teacher whose weights are needed, and are not
+    here or damaged, is trained again."""
     from hdkd_lib import packing, runs
 
     source = RESULTS / "published" / expanded["plan"]
-    published = runs.packed(source)
+    published = {} if anew else runs.packed(source)
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
 
     packed = {
@@ -665,6 +675,8 @@ def _take_published(expanded: dict, folder: Path) -> None:
     }
     here = {name for name in jobs if (folder / name / "metrics.json").exists()}
     missing, with_weights, weights = set(jobs) - here - packed, set(), "last.safetensors"
+    if anew:
+        missing |= {name for name in here if not (folder / name / weights).exists()}  # they were published
     while needed := {teacher for name in missing for teacher in jobs[name]["needs"]} - with_weights - missing:
         for name in needed & here:
             _mend_run(folder / name, weights=True)
@@ -672,8 +684,11 @@ def _take_published(expanded: dict, folder: Path) -> None:
         missing |= needed - with_weights
     for name in missing & here:
         (folder / name / "metrics.json").unlink(missing_ok=True)
-    for name in sorted(packed - here - missing):
+    for name in (taken := sorted(packed - here - missing)):
         packing.unpack(source, name, folder / name)
+    if taken:
+        plan = expanded["plan"]
+        print(f"{len(taken)} runs of {plan} are published and count as done; to train them: make study PLAN={plan} ANEW=1")
     for name in here - missing:
         if not (folder / name / "job.json").exists():
             _write_job(folder / name, expanded["plan"], jobs[name])
@@ -684,10 +699,11 @@ def _note_changed_questions(expanded: dict, folder: Path) -> None:
     from hdkd_lib import runs
 
     file, content = folder / "plan.json", json.loads(json.dumps({"name": expanded["plan"], **expanded["content"]}))
-    before = runs.read_json(file) or content
+    before = runs.read_json(file) or runs.plan(RESULTS / "published" / expanded["plan"]) or content
     changed = before.get("questions_changed_after")
     if before.get("asked", _questions(before)) != _questions(content):
         changed = sum(_is_finished(folder / name) for name in expanded["jobs"]) or changed
+        (folder / "reports.done").unlink(missing_ok=True)
     _write_json(file, content | ({"questions_changed_after": changed} if changed else {}))
 
 
@@ -709,6 +725,9 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
 
     expanded = expand(plan)
     source, target = RESULTS / "runs" / plan, RESULTS / "published" / plan
+    former = target.with_name(f".{plan}~before")
+    if former.exists() and not target.exists():  # stopped between the two renamings below
+        former.rename(target)
     jobs = {name: job for name, job in expanded["jobs"].items() if not job["report"]}
     for name in jobs:
         _mend_run(source / name, weights=False)
@@ -721,16 +740,20 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
             _write_job(folder, plan, jobs[name])
     aside = target.with_name(f".{plan}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if partial and target.exists():  # tables of fewer runs, or of other ones, do not stay
+        reports = {name: f"{job['notebook']}.ipynb" for name, job in expanded["jobs"].items() if job["report"]}
+        shutil.copytree(target, aside, ignore=shutil.ignore_patterns("manifest.json", *reports, *reports.values()))
+    aside.mkdir(parents=True, exist_ok=True)
     for file in (runs.PACKED, "history.csv.xz", "splits.csv.xz", "predictions.csv.xz"):
         if (target / file).exists():
             shutil.copyfile(target / file, aside / file)
-    new = packing.pack(finished, aside, expanded["content"].get("metric", "accuracy"), keep=jobs)
+    asked = {"metric": "accuracy", "epoch": "last"} | expanded["content"]
+    new = packing.pack(finished, aside, asked["metric"], asked["epoch"], keep=jobs)
     packed = runs.packed(aside)
     if not packed or (not partial and packed.keys() != jobs.keys()):
         raise FileNotFoundError(f"no predictions of {', '.join(jobs.keys() - packed.keys())}; make study PLAN={plan}")
     content = {"name": plan, **expanded["content"]}
-    before = runs.plan(source)
+    before = runs.plan(source) or runs.plan(target)
     content |= {key: before[key] for key in ("questions_changed_after",) if key in before}
     if objections := _objections(packed, jobs):
         if not mixed:
@@ -738,16 +761,14 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
         content["mixed"] = objections
     _write_json(aside / "plan.json", content)
     shutil.copyfile(NOTEBOOKS / "plans" / f"{plan}.yaml", aside / "plan.yaml")
-    if partial:
-        for file in aside.iterdir():
-            target.mkdir(exist_ok=True)
-            file.replace(target / file.name)
-        aside.rmdir()
-    else:
+    if not partial:
         _add_students(expanded, source, target, aside)
         _report(aside, expanded)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+    shutil.rmtree(former, ignore_errors=True)  # whenever this is stopped, what was published or what is now is whole
+    if target.exists():
+        target.rename(former)
+    aside.rename(target)
+    shutil.rmtree(former, ignore_errors=True)
     return f"{len(new)} runs packed anew, {len(packed)} of {len(jobs)} in {target}"
 
 
@@ -778,7 +799,8 @@ def _add_students(expanded: dict, source: Path, target: Path, aside: Path) -> No
 def _objections(packed: dict, jobs: dict) -> list[str]:
     """Why these runs should not stand in one table."""
     found = []
-    commits = {str(run["environment"].get("commit"))[:12] for run in packed.values()}
+    ran = [run["environment"] for run in packed.values()]
+    commits = {str(commit)[:12] for of in ran for commit in (of.get("commit"), *of.get("earlier_commits", ()))}
     if len(commits) > 1:
         found.append(f"its runs are of {len(commits)} commits ({', '.join(sorted(commits))})")
     if changed := [name for name, run in packed.items() if run["environment"].get("uncommitted_changes")]:
@@ -825,6 +847,7 @@ def main() -> int:
     command.add_argument("plan")
     command.add_argument("--cores", type=int, default=os.cpu_count())
     command.add_argument("--dry-run", action="store_true", help="only say what would run")
+    command.add_argument("--anew", action="store_true", help="published runs do not count as done")
     command.add_argument("--profile", type=Path, help="Snakemake's profile of a cluster, such as profiles/slurm")
     command.add_argument("--gpus", type=int, help="how many of this machine's GPUs to use (default: all)")
     command.add_argument("--runs-per-gpu", type=int, default=1, help="how many runs share a GPU (default: 1)")
@@ -832,7 +855,7 @@ def main() -> int:
     command.add_argument("plan")
     command.add_argument("--partial", action="store_true", help="pack the runs that are finished, without tables and figures")
     command.add_argument("--mixed", action="store_true", help="runs of several commits, too; every table says so")
-    commands.add_parser("readme", help="write the numbers in README.md and p0.md anew from results/")
+    commands.add_parser("readme", help="write the numbers of README.md and of the texts in results/ anew")
     command = commands.add_parser("prepare", help="what a cluster's runs share; called by the Snakefile")
     command.add_argument("jobs_file", type=Path)
     command = commands.add_parser("execute", help="one job; called by the Snakefile")

@@ -89,6 +89,7 @@ def time_of(experiment: Experiment, *, device: str = "auto", precision: str = "a
     until = task.distill_until if isinstance(task, Distillation) else 1.0
     size = min(recipe.batch_size, len(inputs))
     stream = itertools.chain.from_iterable(map(inputs.epoch, itertools.count()))
+    stream = (batch for batch in stream if len(batch[0]) == size)  # an epoch's last batch may be smaller
 
     def step() -> None:
         train_epoch(itertools.islice(stream, 1), optimizer, training, tqdm(disable=True), Epoch())

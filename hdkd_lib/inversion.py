@@ -366,8 +366,10 @@ def synthesize(
     batches = _batches(len(classes), per_class, settings.batch_size)
     if len(state["batches"]) == len(batches):
         return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, state)  # before anything else: it tells whose images these are
     for name in classes:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
 
     each = sum(count for _, count in settings.stages)
     left = batches[len(state["batches"]) :]

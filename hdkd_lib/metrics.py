@@ -65,16 +65,18 @@ def weighted(metric: str, of: Predictions, weights: np.ndarray | None = None) ->
     """(B,) values of a metric when the images count `weights` (B, N) times, as in B resamples; without them (1,), as they are.
 
     accuracy, balanced_accuracy, macro_f1, macro_auroc and ece as in `classification`; classes without an image in a resample do
-    not count there.
+    not count there (of macro_f1: where they are not predicted, either).
 
     Raises:
-        ValueError: another metric, or macro_auroc where only the predicted class is kept.
+        ValueError: another metric, or macro_auroc or ece where only the predicted class is kept.
     """
     weights = np.ones((1, len(of.labels))) if weights is None else np.asarray(weights, float)
     is_right, total = of.predicted == of.labels, weights.sum(1)
     if metric == "accuracy":
         return weights @ is_right / total
     if metric == "ece":
+        if np.isnan(of.confidence).any():
+            raise ValueError("ece needs the probability of the predicted class, and only the class is kept")
         number = np.clip(np.ceil(of.confidence * 15), 1, 15)
         gaps = [weights @ np.where(number == i, of.confidence - is_right, 0.0) for i in range(1, 16)]
         return np.abs(gaps).sum(0) / total
@@ -102,7 +104,7 @@ def auroc_of(of: Predictions, positive: Sequence[int]) -> float:
     """
     if of.probabilities is None:
         raise ValueError("an AUROC of some classes needs the probabilities of all, and only the predicted class is kept")
-    scores = of.probabilities[:, list(positive)].sum(1).round(6)  # sums of equal terms are equal
+    scores = of.probabilities[:, list(positive)].sum(1).round(9)  # sums of equal terms are equal
     return _auroc(scores, np.isin(of.labels, list(positive)), np.ones((len(of.labels), 1)))[0].item()
 
 

@@ -4,9 +4,10 @@
     history.csv.xz      one row per run and epoch, numbers to six digits
     splits.csv.xz       one row per split and image: split, id, part, and group where images of one group stay together
     predictions.csv.xz  one row per test image: id, label (index of its class), and columns per run: at each epoch kept (last,
-                        best) the index of the predicted class ("RUN last class"); at the last one its probability in percent
-                        ("RUN last percent") and, where the plan's metric needs them, the probabilities of all classes in
-                        thousandths ("RUN last 0", ...). Older plans hold those of both epochs with six digits
+                        best, ema) the index of the predicted class ("RUN last class"); at the plan's one its probability in
+                        percent ("RUN last percent") and, where the plan's metric needs them, of all classes the logarithm of
+                        the odds p / (1 - p) in hundredths ("RUN last 0", ...), which keeps the order of images that a network
+                        is sure of. Older plans hold the probabilities of both epochs with six digits
 """  # fmt: skip
 
 import hashlib
@@ -24,7 +25,13 @@ DOCUMENTS = ("config", "job", "environment", "metrics")  # files NAME.json of a 
 OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1", "ece")  # metrics for which that suffices
 
 
-def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", keep: Collection[str] | None = None) -> list[str]:
+def pack(
+    folders: Mapping[str, Path],
+    folder: Path,
+    metric: str = "accuracy",
+    epoch: str = "last",
+    keep: Collection[str] | None = None,
+) -> list[str]:
     """Adds the runs in these folders to what is packed in `folder`, and returns their names.
 
     A run that is packed already with the same metrics, or that was unpacked from there, stays as it is.
@@ -32,6 +39,7 @@ def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", ke
     Args:
         folders: run folders by name.
         metric: the plan's, which says whether predicted classes suffice.
+        epoch: the plan's, whose probabilities are kept.
         keep: names of the runs that stay of what is packed there; None: all.
     """
     runs = {name: run for name, run in packed(folder).items() if keep is None or name in keep}
@@ -51,14 +59,15 @@ def pack(folders: Mapping[str, Path], folder: Path, metric: str = "accuracy", ke
     tables = [] if predictions is None else [predictions[[c for c in predictions if c.split(" ")[0] in old]]]
     for name, run in new.items():
         split = run.split
-        key = run.config["data"].get("split") or hashlib.sha256(split.to_csv(index=False).encode()).hexdigest()[:12]
+        # not the configuration's: a run on made images, or one that validates on the test part, has other parts
+        key = hashlib.sha256(split.to_csv(index=False).encode()).hexdigest()[:12]
         runs[name] = {
             name: json.loads((run.path / f"{name}.json").read_text()) for name in ("config", "environment", "metrics")
         }
         runs[name] |= {"job": run.job, "split": key}
         histories.append(run.history.assign(run=name))
         splits.setdefault(key, split.assign(split=key))
-        tables.append(_compact(run, metric).add_prefix(f"{name} "))
+        tables.append(_compact(run, metric, epoch).add_prefix(f"{name} "))
     history, joined = pd.concat(histories, ignore_index=True), pd.concat(tables, axis=1).sort_index()
     history.insert(0, "run", history.pop("run"))
     joined.index = joined.index.set_names(["id", "label"])
@@ -84,7 +93,7 @@ def unpack(folder: Path, name: str, run_dir: Path) -> Path:
     return run_dir
 
 
-def _compact(run: Run, metric: str) -> pd.DataFrame:
+def _compact(run: Run, metric: str, kept: str) -> pd.DataFrame:
     """What is kept of a run's predictions, by image."""
     columns, index = {}, None
     for epoch, file in PREDICTIONS.items():
@@ -93,10 +102,12 @@ def _compact(run: Run, metric: str) -> pd.DataFrame:
         of = run.predictions(epoch)
         index = pd.MultiIndex.from_arrays([of.ids, of.labels], names=["id", "label"])
         columns[f"{epoch} class"] = of.predicted
-        if epoch == "last":
-            columns["last percent"] = np.round(100 * of.confidence)
+        if epoch == kept:
+            columns[f"{epoch} percent"] = np.round(100 * of.confidence)
             if metric not in OF_CLASSES:
-                columns |= {f"last {c}": np.round(1000 * column) for c, column in enumerate(of.probabilities.T)}
+                p = of.probabilities.T
+                odds = np.log(np.maximum(p, 1e-38) / np.maximum(1 - p, 1e-7))
+                columns |= {f"{epoch} {c}": column for c, column in enumerate(np.round(100 * odds))}
     return pd.DataFrame(columns, index)
 
 

@@ -59,6 +59,8 @@ def scores(results: Path, plan: str) -> str:
     named = {
         tables.title(arm): interval(tables.scores(frame[frame.arm == arm], metric, epoch)) for arm in MAIN if finished.get(arm)
     }
+    if not named:
+        return "No arm has all its replicates yet."
     words = tables.METRICS[metric]
     text = f"{words[0].upper()}{words[1:]} in percent at the {epoch} epoch: "
     text += f"{', '.join(f'{name} {score}' for name, score in named.items())}."
@@ -138,10 +140,38 @@ def pixels(results: Path, plan: str) -> str:
     return f"On 16x16 grey pixels of the same images: {both} on validation; chance is 10 %."
 
 
-WRITERS = {writer.__name__: writer for writer in (verdicts, scores, progress, earlier, commits, leaks, copies, trials, pixels)}
+def synthesis(results: Path, plan: str) -> str:
+    """How near the images that a P0 made from its teacher come to the real ones for validation, the nearest first."""
+    rows = []
+    for run in runs.packed(results / "published" / plan).values():
+        if "synthesis_quality" not in run["metrics"]:  # the teacher
+            continue
+        settings = run["job"]["parameters"]["synthesis"]
+        changed = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "per_class")
+        measured, seconds = run["metrics"]["synthesis_quality"], run["metrics"]["synthesis_seconds"]
+        distance = f"{measured['frechet_distance']:.2f}", f"{measured['statistics_gap']:.2f}"
+        shares = (f"{100 * measured[name]:.1f}" for name in ("accuracy", "precision", "recall"))
+        rows.append([f"`{run['job']['arm']}`", changed, *distance, *shares, f"{measured['diversity']:.2f}", f"{seconds:.0f}"])
+    columns = ["trial", "changed", "Fréchet distance", "gap of statistics", "accuracy", "precision", "recall", "diversity"]
+    table = pd.DataFrame(rows, columns=[*columns, "seconds"]).sort_values("Fréchet distance", key=lambda of: of.astype(float))
+    return table.to_markdown(index=False, disable_numparse=True)
+
+
+WRITERS = {
+    writer.__name__: writer
+    for writer in (verdicts, scores, progress, earlier, commits, leaks, copies, trials, pixels, synthesis)
+}
 # The blocks of each text, by its path in the repository.
 TEXTS: dict[str, tuple[str, ...]] = {
-    "README.md": ("verdicts few_images", "scores few_images", "progress few_images", "leaks", "copies"),
+    "README.md": (
+        "verdicts few_images",
+        "scores few_images",
+        "progress few_images",
+        "verdicts skin",
+        "scores skin",
+        "leaks",
+        "copies",
+    ),
     "results/README.md": ("earlier", "commits"),
     "results/few_images_p0.md": ("trials few_images_p0", "pixels few_images_p0"),
     "results/skin_p0.md": ("trials skin_p0",),
@@ -163,5 +193,6 @@ def write(name: str, text: str, results: Path) -> str:
     for block in blocks:
         writer, *plan = block.split()
         written = WRITERS[writer](results, *plan)
-        text = re.sub(rf"<!-- {block} -->\n.*?<!-- end -->", f"<!-- {block} -->\n{written}\n<!-- end -->", text, flags=re.S)
+        new = f"<!-- {block} -->\n{written}\n<!-- end -->"
+        text = re.sub(rf"<!-- {block} -->\n.*?<!-- end -->", lambda _, new=new: new, text, flags=re.S)
     return text

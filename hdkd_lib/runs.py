@@ -49,6 +49,7 @@ from hdkd_lib.parameters import one_sentence
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("config.json", "job.json", "environment.json", "metrics.json", "checksums.json")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")
+_NO_NAMES_ARE_MISSING = {"keep_default_na": False, "na_values": [""]}  # a class may be called None
 PACKED = "runs.json.xz"  # of a folder of packed runs (`hdkd_lib.packing`)
 PREDICTIONS = {"last": "predictions_last.csv", "best": "predictions.csv", "ema": "predictions_ema.csv"}
 # What older runs call otherwise in their config.json, by its sections.
@@ -362,7 +363,7 @@ class Run:
     def split(self) -> pd.DataFrame:
         """id and part of every image used, and its group."""
         if self._packed is None:
-            return pd.read_csv(self._checked("split.csv"), dtype={"id": str})
+            return pd.read_csv(self._checked("split.csv"), dtype={"id": str}, **_NO_NAMES_ARE_MISSING)
         table = packed_table(self.path.parent, "splits")
         key = self._packed.get("split") or self.config["data"]["split"]
         return table[table.split == key].drop(columns="split").dropna(axis=1, how="all")
@@ -377,7 +378,7 @@ class Run:
         if self._packed is None:
             if not (self.path / PREDICTIONS[epoch]).exists():
                 raise FileNotFoundError(f"{self.path} holds no predictions of its {epoch} epoch")
-            table = pd.read_csv(self._checked(PREDICTIONS[epoch]), dtype={"id": str, "label": str})
+            table = pd.read_csv(self._checked(PREDICTIONS[epoch]), dtype={"id": str, "label": str}, **_NO_NAMES_ARE_MISSING)
             probabilities = table[list(map(str, classes))].to_numpy()
             return Predictions.of(table.id, table.label.map(list(map(str, classes)).index), probabilities)
         table, own = packed_table(self.path.parent, "predictions"), f"{self.path.name} {epoch}"
@@ -388,8 +389,10 @@ class Run:
         table = table[columns].dropna().reset_index()
         if columns[0] == f"{own} 0":
             whole = table[columns[: len(classes)]].to_numpy(float)
-            found = Predictions.of(table.id, table.label, whole if whole.max() <= 1 else whole / 1000)
-            if f"{own} class" in table:  # thousandths can be equal
+            if whole.min() < 0:  # hundredths of log odds, as not all classes are likelier than not
+                whole = 1 / (1 + np.exp(-whole / 100))
+            found = Predictions.of(table.id, table.label, whole)
+            if f"{own} class" in table:  # rounded odds can be equal
                 found = replace(found, predicted=table[f"{own} class"].to_numpy(int))
             return found
         predicted = table[f"{own} class"].to_numpy(int)
@@ -444,7 +447,7 @@ def packed_table(folder: str | Path, name: str) -> pd.DataFrame | None:
 def _read_once(file: str, changed: int) -> dict | pd.DataFrame:
     if Path(file).name == PACKED:
         return json.loads(lzma.decompress(Path(file).read_bytes()))
-    table = pd.read_csv(file, dtype={"id": str, "split": str, "group": str})
+    table = pd.read_csv(file, dtype={"id": str, "split": str, "group": str}, **_NO_NAMES_ARE_MISSING)
     return table.set_index(["id", "label"]) if "label" in table else table
 
 
@@ -560,17 +563,25 @@ def _check_published(manifest: Path) -> None:
             raise ValueError(f"{file} {what}; restore {folder}, or publish the plan anew: make publish PLAN={plan}")
 
 
-def environment(device: torch.device) -> dict:
-    """Where a run happens: versions, hardware, threads, the commit of the study and the time (UTC)."""
+def environment(device: torch.device, before: dict | None = None) -> dict:
+    """Where a run happens: versions, hardware, threads, the commit of the study and the time (UTC).
+
+    Args:
+        before: the environment in which it was begun, if it goes on: other commits stay as `earlier_commits`.
+    """
 
     def git(*arguments: str) -> str | None:
         answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
         return answer.stdout.strip() if answer.returncode == 0 else None
 
+    before, commit = before or {}, git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "hdkd_lib", "notebooks")
+    earlier = {*before.get("earlier_commits", ()), before.get("commit", commit)} - {commit}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "hdkd_lib", "notebooks")),
+        "commit": commit,
+        **({"earlier_commits": sorted(map(str, earlier))} if earlier else {}),
+        "uncommitted_changes": bool(changes or before.get("uncommitted_changes")),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),

@@ -51,6 +51,7 @@ class Variance:
         n: independent differences: replicates, or folds.
         sd: standard deviation of the differences.
         shared: the part of `value` that more replicates do not make smaller.
+        overlap: of folds: what their common training images add to `value`, in units of sd².
     """
 
     value: float
@@ -58,6 +59,7 @@ class Variance:
     n: int
     sd: float
     shared: float = 0.0
+    overlap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Contrast(Interval):
         opposite: replicates whose own difference has the other sign than the mean: what a single run would have told.
         p: of the sign-flip permutation test, from eight replicates on; it decides nothing.
         needed: replicates for which this design finds the smallest difference with 80 % power, if "undecided"; None where no
-            number of replicates does, since the test images are too few.
+            number of replicates does, since the test images are too few, or folds are not, whose number is fixed.
         sd: standard deviation of the differences.
         differences: of every replicate (or fold).
     """
@@ -121,7 +123,7 @@ def crossed(differences: Sequence[float], v: float, w: float, images: int) -> Va
 def folds(differences: Sequence[float], share: float) -> Variance:
     """Variance of the mean of n folds' differences, each the mean over its seeds; `share`: n_test / n_train."""
     n, s2 = len(differences), float(np.var(differences, ddof=1))
-    return Variance(s2 * (1 / n + share), n - 1, n, math.sqrt(s2), s2 * share)
+    return Variance(s2 * (1 / n + share), n - 1, n, math.sqrt(s2), overlap=share)
 
 
 def image_variances(differences: np.ndarray, groups: Sequence | None = None) -> tuple[float, float]:
@@ -187,7 +189,11 @@ def contrast(differences: Sequence[float], variance: Variance | None, smallest: 
         verdict = "equal"
     else:
         verdict = "undecided"
-        needed = replicates(variance.sd, smallest, contrasts=contrasts, shared=variance.shared)
+        if variance.overlap:
+            found = detectable(variance.sd * math.sqrt(1 + n * variance.overlap), n, contrasts=contrasts)
+            needed = n if found <= smallest else None
+        else:
+            needed = replicates(variance.sd, smallest, contrasts=contrasts, shared=variance.shared)
     return Contrast(mean, half.item(), n, verdict, opposite, p, needed, variance.sd, each)
 
 
@@ -218,6 +224,8 @@ def power(sd: float, n: int, difference: float, *, contrasts: int = 1, shared: f
 def detectable(sd: float, n: int, *, contrasts: int = 1, shared: float = 0.0) -> float:
     """The smallest difference that n replicates find with 80 % power, in the units of `sd`."""
     low, high = 0.0, math.sqrt(sd**2 + shared)
+    if not high:
+        return 0.0
     while power(sd, n, high, contrasts=contrasts, shared=shared) < POWER:
         high *= 2
     for _ in range(40):

@@ -52,7 +52,7 @@ def verdicts(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
             if needed and needed <= row.n:  # the smallest difference would have been found; a smaller one may be there
                 verdict += f" (powered for {100 * plan['smallest_difference']:g} points)"
             else:
-                verdict += f" ({needed} replicates needed)" if needed else " (more test images needed)"
+                verdict += f" ({needed} replicates needed)" if needed else " (more images needed)"
         rows.append(
             {
                 "claim": row.claim,
@@ -241,7 +241,7 @@ def selection_bias(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
     rows, metric = [], plan.get("metric", "balanced_accuracy")
     for arm, (base, _) in changes(plan).items():
         pairs = _pairs(frame, arm, base, plan)
-        if not len(pairs) or {*pairs.selection, *pairs.selection_b} != {"test", "validation"}:
+        if not len(pairs) or {*pairs.selection} != {"test"} or {*pairs.selection_b} != {"validation"}:
             continue
         scores = {"chosen on test": metric, "last epoch": f"last_{metric}", "chosen on validation": f"{metric}_b"}
         row = {name: str(interval(pairs[column])) for name, column in scores.items()}
@@ -381,7 +381,8 @@ def provenance(frame: pd.DataFrame, plan: Mapping | None = None) -> str:
         counted = [f"{device} ({n} run{'s' * (n > 1)})" for device, n in frame.device.value_counts().items()]
         text += f" Trained on {' and '.join(counted)}."
     if left_out := excluded(first):
-        text += f" {len(left_out)} test images with a near-duplicate in the training part are left out."
+        count = np.isin(Run(first.path).predictions().ids, list(left_out)).sum()
+        text += f" {count} test images with a near-duplicate in the training part are left out."
     if plan.get("questions"):
         text += (
             f" {METRICS[plan['metric']].capitalize()} at the {plan['epoch']} epoch; intervals are simultaneous within a "
@@ -570,8 +571,10 @@ def _resolved(arms: Mapping, arm: str) -> dict:
 
 
 def _merged(base: Mapping, own: Mapping) -> dict:
-    both = {key: {**base[key], **own[key]} for key in base.keys() & own if isinstance(base[key], Mapping)}
-    return {**base, **own, **both}
+    """As `study._merge`; a teacher is replaced."""
+    both = base.keys() & own.keys() - {"teacher"}
+    both = {key for key in both if isinstance(base[key], Mapping) and isinstance(own[key], Mapping)}
+    return {**base, **own, **{key: {**base[key], **own[key]} for key in both}}
 
 
 def _default(option: str, method: str) -> object:

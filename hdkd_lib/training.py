@@ -166,7 +166,8 @@ def train(training: Training) -> None:
     if rank == 0:
         if len(history) < recipe.epochs or not (run.path / "environment.json").exists():  # else it has been trained elsewhere
             execution = {"processes": processes, "compiled": training.compile}
-            write_json(run.path / "environment.json", runs.environment(training.device) | execution)
+            before = runs.read_json(run.path / "environment.json")
+            write_json(run.path / "environment.json", runs.environment(training.device, before) | execution)
         if len(history) < recipe.epochs:
             (run.path / "checksums.json").unlink(missing_ok=True)
         _write_split(run, data, with_groups=False)
@@ -535,13 +536,17 @@ def _finish(training: Training, epochs: dict[str, int], history: list[dict]) -> 
             "val": metrics.classification(validated, data.val.labels),
             "test": metrics.classification(probabilities, data.test.labels),
         }
-        table = pd.DataFrame(probabilities.numpy(), columns=data.classes).round(6)
+        table = pd.DataFrame(probabilities.numpy(), columns=data.classes)
         table.insert(0, "label", [data.classes[label] for label in data.test.labels])
         table.insert(0, "id", data.test.ids)
-        write_atomically(run.path / runs.PREDICTIONS[which], lambda aside, table=table: table.to_csv(aside, index=False))
+        write_atomically(
+            run.path / runs.PREDICTIONS[which],
+            lambda aside, table=table: table.to_csv(aside, index=False, float_format="%.6g"),
+        )
         if which == "last":  # has it learned its images? In training it sees them augmented
             fitted = predict(task, data.train, precision=training.precision).argmax(1) == data.train.labels
             measured[which]["train"] = {"accuracy": round(fitted.float().mean().item(), 6)}
+    task.student.load_state_dict(load_file(run.path / "best.safetensors"))
     seconds = sum(row["seconds"] for row in history)
     measured = {
         "config_hash": runs.config_hash(run.config),

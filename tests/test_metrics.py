@@ -3,7 +3,15 @@ import pytest
 import sklearn.metrics
 import torch
 
-from hdkd_lib.metrics import classification, diversity, frechet_distance, linear_cka, precision_recall
+from hdkd_lib.metrics import (
+    Predictions,
+    classification,
+    diversity,
+    frechet_distance,
+    linear_cka,
+    precision_recall,
+    weighted,
+)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -30,6 +38,13 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_weighted_b
     labels = torch.tensor([0, 1, 0, 0, 0, 0, 0, 1])
     scores = classification(torch.stack([top, 1 - top], 1), labels)
     assert scores["ece"] == pytest.approx((2 * 0.4 + 2 * 0.4 + 4 * 0) / 8, abs=1e-6)
+
+
+def test_calibration_is_not_guessed_where_only_the_class_is_kept():
+    of = Predictions(np.arange(3), np.zeros(3, int), np.zeros(3, int), np.full(3, np.nan))
+    assert weighted("accuracy", of) == 1
+    with pytest.raises(ValueError, match="ece needs the probability of the predicted class"):
+        weighted("ece", of)
 
 
 def test_a_probability_of_zero_for_the_true_class_costs_a_finite_number_of_nats():

@@ -168,6 +168,10 @@ def test_a_run_remembers_where_it_ran(finished_run):
     environment = finished_run.environment
     assert environment["torch"] == torch.__version__.split("+")[0] or environment["torch"] == torch.__version__
     assert environment["threads"] == torch.get_num_threads()
+    assert "earlier_commits" not in environment
+    later = runs.environment(torch.device("cpu"), {"commit": "a", "earlier_commits": ["b"], "uncommitted_changes": True})
+    assert (later["earlier_commits"], later["uncommitted_changes"]) == (["a", "b"], True)
+    assert "earlier_commits" not in runs.environment(torch.device("cpu"), environment | {"commit": later["commit"]})
     assert environment["device"]
 
 

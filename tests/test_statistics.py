@@ -59,6 +59,19 @@ def test_folds_count_the_overlap_of_their_training_images():
     assert variance.df == 4
 
 
+def test_folds_are_not_asked_for_more_of_them_but_say_whether_they_would_have_found_the_difference():
+    differences = np.array([-0.02, 0.03, -0.02, 0.04, 0.01]) + 0.035
+    variance = folds(differences, share=0.25)
+    found = detectable(variance.sd * math.sqrt(1 + 5 * 0.25), 5)
+    for smallest, needed in ((0.99 * found, None), (1.01 * found, 5)):
+        result = contrast(differences, variance, smallest)
+        assert (result.verdict, result.needed) == ("undecided", needed)
+
+
+def test_differences_without_spread_are_found_however_small():
+    assert detectable(0.0, 5) == 0
+
+
 def test_image_variances_are_those_of_means_over_images_and_groups_count_as_one():
     differences = np.random.default_rng(0).integers(-1, 2, (3, 50)).astype(float)
     v, w = statistics.image_variances(differences)

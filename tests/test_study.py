@@ -514,6 +514,8 @@ def test_a_plan_that_extends_another_merges_its_arms_and_questions(plan):
         (("metric: accuracy\n", ""), "tiny.yaml asks questions, which need metric, too"),
         (("epoch: last", "epoch: first"), "unknown epoch in tiny.yaml 'first'"),
         (("difference: 0.02", "difference: 2"), "smallest_difference in tiny.yaml must be above 0 and at most 1"),
+        (("metric: accuracy", "metric: ece"), "unknown metric in tiny.yaml 'ece'"),
+        (("epoch: last", "epoch: ema"), "arm teacher in tiny.yaml: the plan's epoch is ema, and its recipe keeps no moving"),
         (("alpha: 0.3", "alhpa: 0.3"), "arm hdkd in tiny.yaml: HDKD has no option 'alhpa'; did you mean 'alpha'"),
         (("method: HDKD", "method: HDKT"), "arm hdkd in tiny.yaml: unknown method 'HDKT'; did you mean 'HDKD'"),
         (
@@ -629,6 +631,11 @@ def test_questions_that_change_after_runs_are_counted(plan, tmp_path):
     assert noted() == 2
     study._note_changed_questions(expanded, tmp_path)
     assert noted() == 2
+    published = tmp_path / "results" / "published" / "tiny"  # elsewhere only this is there
+    published.mkdir(parents=True)
+    (tmp_path / "plan.json").rename(published / "plan.json")
+    study._note_changed_questions(expanded, tmp_path)
+    assert noted() == 2
 
 
 def test_a_plan_file_of_an_older_form_is_read_as_the_same_questions(plan, tmp_path):
@@ -698,6 +705,18 @@ def test_a_teacher_that_is_still_needed_is_trained_again(published, tmp_path):
     (tmp_path / "teacher-draw0-seed0" / "last.safetensors").touch()
     study._take_published(expanded, tmp_path)
     assert (tmp_path / "teacher-draw0-seed0" / "metrics.json").exists(), "trained again, it stays"
+
+
+def test_what_is_published_is_trained_if_asked_for(published, tmp_path, capsys):
+    arms = [f"{arm}-draw0-seed0" for arm in ("teacher", "student", "again", "long", "hdkd", "logits")]
+    expanded = published(*arms)
+    study._take_published(expanded, tmp_path)
+    assert (
+        "6 runs of tiny are published and count as done; to train them: make study PLAN=tiny ANEW=1" in capsys.readouterr().out
+    )
+    (tmp_path / "again-draw0-seed0" / "last.safetensors").touch()  # trained here
+    study._take_published(expanded, tmp_path, anew=True)
+    assert {path.parent.name for path in tmp_path.glob("*/metrics.json")} == {"again-draw0-seed0"}
 
 
 def test_what_was_published_of_other_parameters_is_not_taken(published, tmp_path):
@@ -816,7 +835,10 @@ def test_what_is_finished_is_packed_and_added_to(trained):
         study.publish("tiny")
     assert study.publish("tiny", partial=True).startswith("2 runs packed anew, 2 of 12 in")
     (published / "notes.md").write_text("stays")
+    (published / "manifest.json").write_text('{"files": {}}')
+    (published / "tables").mkdir()
     trained({"hdkd-draw0-seed0"})
     assert study.publish("tiny", partial=True).startswith("1 runs packed anew, 3 of 12 in")
     assert (published / "notes.md").exists()
+    assert not [file for file in ("manifest.json", "tables") if (published / file).exists()], "of fewer runs"
     assert tables.verdicts(runs.load(published), runs.plan(published)).verdict[0] == "1 of 2 replicates"

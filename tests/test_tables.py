@@ -211,6 +211,10 @@ def test_test_images_in_the_training_part_do_not_count_and_the_table_says_so(fol
     assert f"{len(left_out)} test images with a near-duplicate in the training part are left out" in tables.provenance(
         frame, PLAN
     )
+    other = frame.assign(path=frame.path.iloc[0])
+    monkeypatch.setattr(tables, "excluded", lambda data: frozenset(f"test/airplane/{i:04}" for i in range(9)))
+    assert "left out" in tables.provenance(other, PLAN), "none of them is among these images"
+    assert " 0 test images with" in tables.provenance(other, PLAN)
     tables._scored_once.cache_clear()
 
 
@@ -245,6 +249,12 @@ def test_changes_are_what_an_arm_says_beside_like():
     assert found["cskd"] == ("deit", "method CSKD")
     assert found["cskd_local"] == ("cskd", "schedule linear → local, epochs 3 → 9")
     assert found.keys() == {"deit", "cskd", "cskd_local"}
+
+
+def test_a_teacher_is_replaced_and_not_merged():
+    arms = {"a": {"teacher": {"network": "resnet18"}}, "b": {"like": "a", "teacher": "a"}}
+    arms |= {"c": {"like": "a", "teacher": {"network": "resnet50"}}, "d": {"like": "b", "options": {"alpha": 1}}}
+    assert [tables._resolved(arms, arm)["teacher"] for arm in "bcd"] == ["a", {"network": "resnet50"}, "a"]
 
 
 def test_ablations_have_the_interval_of_their_question_and_others_their_own(folder):

@@ -30,7 +30,7 @@ class Source:
         place: the folder with its files; where groups are None, a table `groups.csv` there may say them (`groups.with_groups`).
 
     Raises:
-        ValueError: two images have one id.
+        ValueError: two images have one id, or two classes one name.
     """
 
     name: str
@@ -47,6 +47,9 @@ class Source:
         if len(set(self.ids)) < len(self.ids):
             twice = next(i for i in sorted(set(self.ids)) if self.ids.count(i) > 1)
             raise ValueError(f"{len(self.ids) - len(set(self.ids))} ids of {self.name} occur twice, the first is {twice}")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"two classes of {self.name} are called {twice}; give them names of their own")
 
     def take(self, index: np.ndarray) -> "Source":
         """The images of these numbers alone."""
@@ -223,13 +226,16 @@ def imagenet(root: Path | None, download: bool = False) -> Source:
     parts = {part: _torchvision(ImageNet, root, "imagenet", obtain, split=split) for part, split in _TRAIN_VAL.items()}
     samples = [(part, Path(path), label) for part, dataset in parts.items() for path, label in dataset.samples]
     trained = np.array([label for part, _, label in samples if part == "train"])  # they come first
+    names = [synonyms[0] for synonyms in parts["train"].classes]
+    numbered = zip(names, parts["train"].wnids, strict=True)
+    names = [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in numbered]  # crane, maillot: twice
     random, held = np.random.default_rng(0), set()
     for label in range(len(parts["train"].classes)):
         own = np.flatnonzero(trained == label)
         held.update(random.choice(own, max(1, min(10, len(own) // 8)), replace=False).tolist())
     return Source(
         name="imagenet",
-        classes=[names[0] for names in parts["train"].classes],
+        classes=names,
         images=[path for _, path, _ in samples],
         ids=[f"{path.parent.name}/{path.name}" for _, path, _ in samples],
         labels=np.array([label for *_, label in samples]),

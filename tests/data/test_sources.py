@@ -209,7 +209,9 @@ def test_every_source_reads_the_variable_and_says_what_it_misses(request, name, 
         open_source(name)
 
 
-def test_two_images_of_one_id_are_refused():
+def test_two_images_of_one_id_and_two_classes_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two classes of x are called crane; give them names of their own"):
+        Source("x", ["crane", "crane"], np.zeros((1, 2, 2), np.uint8), ["a"], np.zeros(1, int))
     with pytest.raises(ValueError, match="2 ids of x occur twice, the first is b"):
         Source("x", ["a"], np.zeros((5, 8, 8), np.uint8), ["a", "c", "c", "b", "b"], np.zeros(5, int))
 
