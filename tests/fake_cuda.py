@@ -50,12 +50,13 @@ SCATTERS = {
 }  # touch of it as much as they are given
 
 
-def _convolution_backward_flops(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest, out_val) -> int:
+def convolution_backward_flops(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest, out_val) -> int:
     """The forward pass's, for each of the gradients of x and weight; torch's formula leaves out the groups of the latter."""
     return sum(rest[-1][:2]) * conv_flop_count(x.shape, weight.shape, gradient.shape, transposed=transposed)
 
 
-FLOPS = flop_registry | {aten.convolution_backward: _convolution_backward_flops}
+convolution_backward_flops._get_raw = True  # torch's FlopCounterMode then gives it tensors, as here
+FLOPS = flop_registry | {aten.convolution_backward: convolution_backward_flops}
 
 
 @dataclass(frozen=True)

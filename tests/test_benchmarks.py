@@ -60,6 +60,14 @@ def test_every_step_is_measured_beside_what_was_published(bench, monkeypatch):
     assert "official" not in result
 
 
+def test_a_grouped_convolution_costs_what_its_groups_do():
+    convolution, images = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), torch.randn(2, 16, 8, 8)
+    given = {torch.ops.aten.convolution_backward: gpu.convolution_backward_flops}
+    with gpu.FlopCounterMode(display=False, custom_mapping=given) as counter:
+        convolution(images.requires_grad_(True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * images.numel() * 9  # forward, and for images and weights
+
+
 def test_what_cannot_be_measured_is_named_and_the_rest_is_there(bench, monkeypatch, tmp_path):
     def step(make, *_) -> dict:
         if make is tasks["CSKD"]:
