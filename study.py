@@ -155,7 +155,7 @@ def _check_questions(plan: str, content: dict, arms: list[str]) -> None:
         _known(content["metric"], [name for name in METRICS if name != "ece"], f"metric in {plan}.yaml")  # more is better
 
 
-def _check_arms(plan: str, jobs: list[dict], epoch: str | None) -> None:
+def _check_arms(plan: str, jobs: list[dict], epoch: str | None = None) -> None:
     """The names that only the library knows: networks, recipes and their fields, methods and their options."""
     for arm, job in {job["arm"]: job for job in jobs}.items():
         from hdkd_lib import experiment, inversion, models, recipes
