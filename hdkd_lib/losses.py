@@ -50,7 +50,9 @@ def batchnorm_loss(inputs: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], fi
     """R of `inversion`, in float32: inputs (B, C_l, h_l, w_l) of the batch norms; `first` is c_1, all other c_l are 1."""
     terms = []
     for x, norm in zip(inputs, norms, strict=True):
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        rows = x.float().movedim(1, -1).flatten(0, -2)  # a third of the time of torch.var_mean on a CPU
+        mean = rows.mean(0)
+        var = (rows - mean).square().mean(0)
         terms.append((mean - norm.running_mean.float()).norm() + (var - norm.running_var.float()).norm())
     terms[0] = terms[0] * first
     return torch.stack(terms).sum()
