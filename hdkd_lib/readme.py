@@ -175,6 +175,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "results/README.md": ("earlier", "commits"),
     "results/few_images_p0.md": ("trials few_images_p0", "pixels few_images_p0"),
     "results/skin_p0.md": ("trials skin_p0",),
+    "results/data_free_p0.md": ("synthesis data_free_p0",),
 }
 
 
