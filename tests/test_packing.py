@@ -108,6 +108,19 @@ def test_macro_auroc_follows_from_what_is_packed_of_a_network_that_is_sure(folde
     assert packed == pytest.approx(own, abs=5e-4)
 
 
+def test_a_class_called_none_is_a_class(folders, tmp_path):
+    (path,) = folders("hdkd-seed0").values()
+    table, config = (
+        pd.read_csv(path / "predictions_last.csv", dtype={"label": str}),
+        json.loads((path / "config.json").read_text()),
+    )
+    config["data"]["classes"][0] = "None"
+    (path / "config.json").write_text(json.dumps(config))
+    table.rename(columns={"0": "None"}).replace({"label": {"0": "None"}}).to_csv(path / "predictions_last.csv", index=False)
+    (path / "checksums.json").unlink()
+    assert (Run(path).predictions("last").labels == table.label.astype(int)).all()
+
+
 def test_the_split_is_one_row_per_image(folders, tmp_path, finished_run):
     packing.pack(folders("a-seed0", "b-seed0"), tmp_path / "packed")
     splits = pd.read_csv(tmp_path / "packed" / "splits.csv.xz", dtype=str)

@@ -571,6 +571,15 @@ def test_damaged_files_of_a_plan_are_set_aside_and_made_anew(content, plan, tmp_
     assert json.loads((tmp_path / "again-draw0-seed0" / "job.json").read_text())["arm"] == "again"
 
 
+def test_numbers_as_keys_are_no_change(plan, tmp_path):
+    expanded = study.expand(plan(ARMS))
+    expanded["jobs"]["hdkd-draw0-seed0"]["parameters"]["options"] = {"taps": {0: 4}}
+    (tmp_path / "jobs.json").write_text(json.dumps(expanded))
+    finished(tmp_path, "hdkd-draw0-seed0")
+    study._set_aside_changed(tmp_path / "jobs.json", expanded)
+    assert not list(tmp_path.glob("*~before"))
+
+
 def test_without_jobs_json_changed_runs_are_known_by_their_own(plan, tmp_path):
     before = study.expand(plan(ARMS))
     finished(tmp_path, "teacher-draw0-seed0", "student-draw0-seed0", "again-draw0-seed0")
@@ -842,3 +851,5 @@ def test_what_is_finished_is_packed_and_added_to(trained):
     assert (published / "notes.md").exists()
     assert not [file for file in ("manifest.json", "tables") if (published / file).exists()], "of fewer runs"
     assert tables.verdicts(runs.load(published), runs.plan(published)).verdict[0] == "1 of 2 replicates"
+    published.rename(published.with_name(".tiny~before"))  # killed between the two renamings
+    assert study.publish("tiny", partial=True).startswith("0 runs packed anew, 3 of 12 in")

@@ -356,6 +356,12 @@ def test_imagenet_has_the_names_of_its_classes_and_its_val_folder_is_the_test_pa
     assert open_source("imagenet", imagenet_folder / "imagenet").ids == source.ids
 
 
+def test_imagenets_two_cranes_are_told_apart(imagenet_folder):
+    meta = imagenet_folder / "imagenet" / "meta.bin"
+    torch.save(({"n01440764": ("crane",), "n02102040": ("crane", "lift")}, ["n02102040", "n01440764"]), meta)
+    assert open_source("imagenet", imagenet_folder).classes == ["crane (n01440764)", "crane (n02102040)"]
+
+
 def test_imagenets_validation_part_is_ten_training_images_of_a_class_and_at_most_an_eighth(imagenet_folder):
     parts = open_source("imagenet", imagenet_folder).parts
     assert [parts[:9].count("val"), parts[9:99].count("val")] == [1, 10]
