@@ -382,13 +382,13 @@ def run(
     folder = RESULTS / "runs" / plan
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")  # held until this function ends
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        print(f"the plan {plan} is running already; waiting for it to end", file=sys.stderr)
-        lock.acquire()
     jobs_file = folder / ("dry-run.json" if dry_run else "jobs.json")
     if not dry_run:
+        try:
+            lock.acquire(timeout=1)
+        except filelock.Timeout:
+            print(f"the plan {plan} is running already; waiting for it to end", file=sys.stderr)
+            lock.acquire()
         _mend(folder, expanded)
         _set_aside_changed(jobs_file, expanded)
         _take_published(expanded, folder, anew)

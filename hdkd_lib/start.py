@@ -10,10 +10,10 @@ from PIL import Image
 
 from hdkd_lib import statistics, tables
 from hdkd_lib.data import Data
+from hdkd_lib.data.splits import FOLDS
 from hdkd_lib.export import accuracy_interval
 from hdkd_lib.runs import Run
 
-FOLDS = 5  # of `data.splits`
 PATTERNS = {
     "checks": lambda u, v: np.sin(u) * np.sin(v),
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.8,

@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import filelock
 import nbformat
 import pandas as pd
 import pytest
@@ -195,6 +197,24 @@ def test_a_dry_run_without_the_data_says_so(timed, capsys):
 )
 def test_durations_are_in_the_unit_that_suits_them(seconds, text):
     assert study._duration(seconds) == text
+
+
+def test_a_dry_run_does_not_wait_for_a_plan_that_runs(plan, monkeypatch):
+    def workflow(_):
+        assert running.is_locked, "it waited until the plan had ended"
+        sys.exit(0)
+
+    monkeypatch.setattr("snakemake.cli.main", workflow)
+    for name in ("_end_when_asked", "_print_times"):
+        monkeypatch.setattr(study, name, lambda *_: None)
+    folder = study.RESULTS / "runs" / plan(ARMS)
+    folder.mkdir(parents=True)
+    running = filelock.FileLock(folder / ".lock", thread_local=False)
+    with running:
+        (end := threading.Timer(10, running.release, [True])).start()
+        assert study.run("tiny", cores=1, dry_run=True) == 0
+        end.cancel()
+    assert not (folder / "jobs.json").exists()
 
 
 @pytest.fixture
