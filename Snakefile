@@ -2,9 +2,10 @@
 # JSON; edit notebooks/plans/*.yaml, not this file.
 import json
 import os
+import shlex
 import sys
 
-STUDY, JOBS = f"{sys.executable} {workflow.basedir}/study.py", config["jobs"]
+STUDY, JOBS = f"{shlex.quote(sys.executable)} {shlex.quote(workflow.basedir + '/study.py')}", config["jobs"]
 PLAN = json.load(open(JOBS))
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -32,7 +33,8 @@ def resources(name, job):
     longest = PLAN["cluster"]["runtime"] or float("inf")
 
     def minutes(wildcards, input):
-        return int(min(longest, 10 + 3 * json.load(open(input[-1]))["seconds"][name] / 60))
+        seconds = json.load(open(input[-1]))["seconds"] # without those that were finished when it was written
+        return int(min(longest, 10 + 3 * seconds.get(name, max(seconds.values(), default=3600)) / 60))
 
     def megabytes(wildcards, input, attempt):
         return 1000 + 2 * attempt * json.load(open(input[-1]))["mem_mb"]
@@ -56,7 +58,7 @@ rule prepare: # on a cluster, once: images decoded, times and memory measured
         "prepared.json",
     threads: PLAN["threads"]
     shell:
-        "exec env OMP_NUM_THREADS={threads} {STUDY} prepare {JOBS}"
+        "exec env OMP_NUM_THREADS={threads} {STUDY} prepare {JOBS:q}"
 
 
 for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities belong to rules
@@ -79,7 +81,7 @@ for number, (folder, job) in enumerate(RUNS): # a rule each, since priorities be
             gpu_slots=PLAN["slots"].get(folder, 0),
             **resources(folder, job),
         shell:
-            "exec env OMP_NUM_THREADS={threads} {STUDY} execute {JOBS} {params.folder}"
+            "exec env OMP_NUM_THREADS={threads} {STUDY} execute {JOBS:q} {params.folder:q}"
 
 
 rule report:
@@ -88,4 +90,4 @@ rule report:
     output:
         touch("reports.done"),
     shell:
-        " && ".join(f"{STUDY} execute {JOBS} {name}" for name in REPORTS)
+        " && ".join(f"{STUDY} execute {shlex.quote(JOBS)} {shlex.quote(name)}" for name in REPORTS)

@@ -47,7 +47,6 @@ import psutil
 ROOT = Path(__file__).parent
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = Path(os.environ.get("HDKD_RESULTS", ROOT / "results")).expanduser().resolve()
-FOLD = 1 / 5  # of the images are the test part of a fold
 QUESTIONS = ("questions", "metric", "epoch", "smallest_difference")
 KEYS = ["extends", "parameters", "replicates", "threads", "runs", "reports", "students", *QUESTIONS]
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
@@ -64,6 +63,7 @@ def expand(plan: str) -> dict:
             method does not have, or arms that are like one another in a circle.
     """
     content = _read(plan)
+    _check_form(plan, content)
     arms = {arm: _arm(arm, content["runs"], plan) for arm in content["runs"]}
     jobs = {}
     for arm, (notebook, teacher, own) in arms.items():
@@ -115,8 +115,6 @@ def _arm(arm: str, runs: dict, plan: str, above: tuple = ()) -> tuple[str, str |
     if arm in above:
         raise ValueError(f"arms of {plan}.yaml are like one another in a circle: {', '.join((*above, arm))}")
     own = dict(runs[arm])
-    if "parameters" in own:
-        raise ValueError(f"{plan}.yaml is of the old form: {_NEW_FORM} (arm {arm})")
     notebook, teacher, parameters = "run", "", {}
     if "like" in own:
         of = _known(own.pop("like"), list(runs), f"arm that {arm} is like in {plan}.yaml")
@@ -124,9 +122,15 @@ def _arm(arm: str, runs: dict, plan: str, above: tuple = ()) -> tuple[str, str |
     return own.pop("notebook", notebook), own.pop("teacher", teacher), _merge(parameters, own)
 
 
-_NEW_FORM = (
-    "an arm's parameters stand in the arm itself now, as in hdkd: {network: hdkd_student_distilled_nano, method: HDKD, ...}"
-)
+def _check_form(plan: str, content: dict) -> None:
+    """A plan has arms, and replicates that differ."""
+    arms, replicates = content.get("runs"), content.get("replicates")
+    if not isinstance(arms, dict) or not arms or not all(isinstance(of, dict) for of in arms.values()):
+        raise ValueError(f"{plan}.yaml needs `runs`, its arms by name, such as teacher: {{network: hdkd_teacher_nano}}")
+    if not isinstance(replicates, list) or not replicates or not all(isinstance(of, dict) for of in replicates):
+        raise ValueError(f"{plan}.yaml needs `replicates`, a list such as [{{seed: 0}}, {{seed: 1}}]")
+    if twice := [of for i, of in enumerate(replicates) if of in replicates[:i]]:
+        raise ValueError(f"the replicate {twice[0]} is in {plan}.yaml twice; each has a seed, draw or fold of its own")
 
 
 def _check_questions(plan: str, content: dict, arms: list[str]) -> None:
@@ -179,8 +183,8 @@ def _read(plan: str) -> dict:
     folder = NOTEBOOKS / "plans"
     path = folder / f"{_known(plan, [file.stem for file in folder.glob('*.yaml')], 'plan')}.yaml"
     content = YAML(typ="safe", pure=True).load(path)
-    if "notebooks" in content:
-        raise ValueError(f"{path.name} is of the old form: {_NEW_FORM} (key notebooks)")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no keys; a plan has `runs` and `replicates` at least")
     for key in content:
         _known(key, KEYS, f"key in {path.name}")
     if "extends" not in content:
@@ -522,11 +526,13 @@ def _cluster(profile: Path) -> dict:
 def _print_power(content: dict) -> None:
     """What each contrast can show: the smallest difference that is found with 80 % power."""
     from hdkd_lib import statistics
+    from hdkd_lib.data.splits import FOLDS, VALIDATION_FOLDS
 
     smallest, folds = 100 * content.get("smallest_difference", 0), {of.get("fold") for of in content["replicates"]}
     n = len(content["replicates"]) if len(folds) == 1 else len(folds)
-    trained = (1 - FOLD) * 7 / 8 * (content.get("parameters") or {}).get("fraction", 1)  # an eighth is the validation part
-    overlap = 1.0 if len(folds) == 1 else math.sqrt(1 + n * FOLD / trained)
+    fraction, tested = (content.get("parameters") or {}).get("fraction", 1), 1 / FOLDS
+    trained = (1 - tested) * (1 - 1 / VALIDATION_FOLDS) * fraction
+    overlap = 1.0 if len(folds) == 1 else math.sqrt(1 + n * tested / trained)
     for question in content.get("questions", {}).values() if n > 1 else []:
         count = len(question["contrasts"])
         found = statistics.detectable(overlap, n, contrasts=count)
@@ -701,7 +707,7 @@ def _note_changed_questions(expanded: dict, folder: Path) -> None:
     file, content = folder / "plan.json", json.loads(json.dumps({"name": expanded["plan"], **expanded["content"]}))
     before = runs.read_json(file) or runs.plan(RESULTS / "published" / expanded["plan"]) or content
     changed = before.get("questions_changed_after")
-    if before.get("asked", _questions(before)) != _questions(content):
+    if _questions(before) != _questions(content):
         changed = sum(_is_finished(folder / name) for name in expanded["jobs"]) or changed
         (folder / "reports.done").unlink(missing_ok=True)
     _write_json(file, content | ({"questions_changed_after": changed} if changed else {}))
@@ -757,6 +763,7 @@ def publish(plan: str, *, partial: bool = False, mixed: bool = False) -> str:
     content |= {key: before[key] for key in ("questions_changed_after",) if key in before}
     if objections := _objections(packed, jobs):
         if not mixed:
+            shutil.rmtree(aside)
             raise ValueError(f"{plan} is not published: {'; '.join(objections)}; repeat these runs, or say MIXED=1 (--mixed)")
         content["mixed"] = objections
     _write_json(aside / "plan.json", content)

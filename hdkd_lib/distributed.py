@@ -13,6 +13,8 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hdkd_lib.device import tune
+
 DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
 
 
@@ -38,7 +40,7 @@ def spawn(train: Callable, job, count: int) -> None:
     """`train(job)` in `count` processes that can average gradients (`prepare`); `job` is a dataclass with a task and a device.
 
     Raises:
-        RuntimeError: one of them failed; the message is its error's last line.
+        RuntimeError: one of them failed or was killed; the message is its error's last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         if job.device.type == "cuda":
@@ -46,7 +48,7 @@ def spawn(train: Callable, job, count: int) -> None:
         arguments = (count, f"file://{folder}/rendezvous", train, replace(job, task=job.task.cpu()))
         try:
             torch.multiprocessing.spawn(_start, arguments, nprocs=count)
-        except torch.multiprocessing.ProcessRaisedException as error:
+        except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
             raise RuntimeError(str(error).strip().splitlines()[-1]) from error
 
 
@@ -56,6 +58,7 @@ def _start(rank: int, count: int, rendezvous: str, train: Callable, job) -> None
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     if is_cuda:
         torch.cuda.set_device(device)
+        tune(device)
     dist.init_process_group("nccl" if is_cuda else "gloo", init_method=rendezvous, rank=rank, world_size=count)
     try:
         task = copy.deepcopy(job.task).to(device, memory_format=torch.channels_last)  # what was sent is in shared memory

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hdkd_lib import data, inversion, models, recipes
 from hdkd_lib.data.batches import Part
-from hdkd_lib.device import resolve_device, resolve_precision
+from hdkd_lib.device import resolve_device, resolve_precision, tune
 from hdkd_lib.evaluation import predict
 from hdkd_lib.experiment import Experiment, build
 from hdkd_lib.methods import Supervised
@@ -21,6 +21,7 @@ from hdkd_lib.runs import Run
 from hdkd_lib.training import Epoch, Inputs, Training, make_optimizer, train_epoch
 
 REPLICATE = ("fold", "draw", "fraction", "seed", "run_dir")  # they change how many images there are, not the time of each
+SPLIT = ("protocol", "draws", "val_per_class", "groups", "join_chains", "download")  # of `data.load`
 CPU_BATCH = 32  # on a CPU a larger batch takes as long for each image
 
 
@@ -42,7 +43,7 @@ def seconds(parameters: Mapping, teacher: Mapping | None = None) -> float:
         teacher = {"network": creation["name"], "network_options": options}
     of_teacher = teacher and {"network": teacher["network"], "network_options": teacher.get("network_options", {})}
     train, evaluate, make = _seconds_per_image(json.dumps(same), json.dumps(of_teacher))
-    split = {key: parameters[key] for key in ("protocol", "fold", "fraction", "draws", "val_per_class", "groups", "download")}
+    split = {key: parameters[key] for key in (*SPLIT, "fold", "fraction")}
     counts = _counts(parameters["dataset"], parameters["root"], parameters["image_size"], json.dumps(split))
     images = parameters["synthesis"].get("per_class", 0) * counts["classes"] or counts["train"]
     return make * images + recipes.get(**parameters["recipe"]).epochs * (train * images + evaluate * counts["val"])
@@ -58,8 +59,7 @@ def _counts(dataset: str, root: str, image_size: int, split: str) -> dict[str, i
 def _seconds_per_image(parameters: str, teacher: str) -> tuple[float, float, float]:
     """Of a training step, of prediction, and of making an image; the arguments are JSON."""
     of, its_teacher = json.loads(parameters), json.loads(teacher)
-    split = {key: of[key] for key in ("image_size", "protocol", "draws", "val_per_class", "groups", "download")}
-    loaded = data.load(of["dataset"], of["root"], **split)
+    loaded = data.load(of["dataset"], of["root"], image_size=of["image_size"], **{key: of[key] for key in SPLIT})
     network = None
     if its_teacher:
         size = {"num_classes": len(loaded.classes), "img_size": of["image_size"]}
@@ -80,6 +80,7 @@ def time_of(experiment: Experiment, *, device: str = "auto", precision: str = "a
     """Seconds per image of a training step, with all that belongs to it, and of a prediction."""
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
+    tune(device)
     task, recipe = experiment.task.to(device, memory_format=torch.channels_last), experiment.recipe
     if device.type == "cpu":
         recipe = replace(recipe, batch_size=min(recipe.batch_size, CPU_BATCH))

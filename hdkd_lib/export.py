@@ -7,7 +7,6 @@
 
 import importlib.util
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -19,9 +18,10 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from hdkd_lib import models, tables
+from hdkd_lib import models, statistics, tables
 from hdkd_lib.data import Data
 from hdkd_lib.data.batches import Preprocess
+from hdkd_lib.evaluation import evaluate
 from hdkd_lib.parameters import one_sentence
 from hdkd_lib.runs import Run, write_atomically
 
@@ -46,7 +46,7 @@ def export(run: Run, data: Data, folder: str | Path, epoch: str = "best") -> pd.
         ValueError: the data are not the run's, the extra `export` is not installed, or the logits differ.
         FileNotFoundError: the run has no weights.
     """
-    if data.config != run.config["data"]:
+    if any(data.config.get(key) != of for key, of in run.config["data"].items()):
         raise ValueError(f"{run.shown_path} was trained on another data set or split; load the one in its config.json")
     if missing := [name for name in ONNX if not importlib.util.find_spec(name)]:
         raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install -c constraints.txt -e '.[export]'")
@@ -79,7 +79,8 @@ def save(run: Run, data: Data, folder: Path, epoch: str = "best", *, onnx: bool 
     Raises:
         FileNotFoundError: the run has no weights.
     """
-    model, text = run.student(epoch), card(run, data, epoch, onnx=onnx)
+    model = run.student(epoch)
+    text = card(run, data, model, epoch, onnx=onnx)
     to_timm(model, folder, data.classes)
     write_atomically(folder / "README.md", lambda aside: aside.write_text(text))
     return model
@@ -131,18 +132,22 @@ def accuracy_interval(run: Run, epoch: str = "best") -> tuple[float, float, floa
     Images of one group (duplicates, one patient) count as one. It holds for this trained network, not for training it again.
     """
     of, split = run.predictions(epoch), run.split.set_index("id")
-    n = split.group.reindex(of.ids).nunique() if "group" in split else len(of.ids)
-    p, z = (of.predicted == of.labels).mean().item(), 1.959964
-    middle, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return middle - half, p, middle + half
+    accuracy = (of.predicted == of.labels).mean().item()
+    low, high = statistics.wilson(accuracy, split.group.reindex(of.ids).nunique() if "group" in split else len(of.ids))
+    return low, accuracy, high
 
 
-def card(run: Run, data: Data, epoch: str = "best", *, onnx: bool = False) -> str:
-    """The model card (Markdown): network, data, protocol, scores with an interval, licence, and what it is not for."""
+def card(run: Run, data: Data, network: nn.Module, epoch: str = "best", *, onnx: bool = False) -> str:
+    """The model card (Markdown): network, data, protocol, scores with an interval, licence, and what it is not for.
+
+    The scores are of `network` alone, the run's student, as others load it: a method may predict by more than that (CSKD by its
+    patch tokens, too).
+    """
     method, recipe, of = run.config["method"], run.config["recipe"], data.card
-    low, accuracy, high = (100 * value for value in accuracy_interval(run, epoch))
-    size, scores = data.config["image_size"], run.metrics[epoch]["test"]
-    network = models.create(**{key: value for key, value in method["student"].items() if key != "pretrained"})
+    size, scores = data.config["image_size"], evaluate(network, data)
+    network.cpu()
+    accuracy = 100 * scores["accuracy"]
+    low, high = (100 * end for end in statistics.wilson(scores["accuracy"], len(set(data.test.groups))))
     cfg, teacher = network.pretrained_cfg, method.get("teacher", {}).get("name")
     names = ", ".join(f"{name} ({count} images)" for name, count in of["classes"].items())
     counts = ", ".join(f"{run.metrics['images'][part]} {part}" for part in ("train", "val", "test"))

@@ -486,11 +486,11 @@ def statistics_gap(teacher: nn.Module, images: Tensor, batch_size: int = 64) -> 
     for batch in images.split(batch_size):
         _, _, inputs, norms = extractor(prepare(batch.to(device)))
         for x, norm in zip(inputs, norms, strict=True):
-            var, mean = (part.double().cpu() for part in torch.var_mean(x.float(), (0, 2, 3), correction=0))
+            var, mean = (part.cpu().double() for part in torch.var_mean(x.float(), (0, 2, 3), correction=0))
             moments[norm] = moments.get(norm, 0) + torch.stack([mean, var + mean**2]) * len(batch) / len(images)
     rows = []
     for norm, (mean, square) in moments.items():
-        kept = norm.running_var.double().cpu() + norm.eps
+        kept = norm.running_var.cpu().double() + norm.eps
         gaps = {
             "mean": ((mean - norm.running_mean.cpu()).square() / kept).mean().sqrt().item(),
             "var": ((square - mean**2 + norm.eps) / kept).log().abs().mean().item(),

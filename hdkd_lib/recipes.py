@@ -3,6 +3,8 @@
 import difflib
 from dataclasses import dataclass, fields, replace
 
+from timm.optim import list_optimizers
+
 from hdkd_lib.data.augment import AUGMENTATIONS
 from hdkd_lib.data.imbalance import IMBALANCE
 from hdkd_lib.parameters import check_type, one_sentence
@@ -53,6 +55,8 @@ class Recipe:
             check_type(field.name, getattr(self, field.name), field.type)
         if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0:
             raise ValueError(f"a recipe needs epochs >= 1, batch_size >= 2 and lr > 0 (got {self})")
+        if self.optimizer not in list_optimizers():
+            raise ValueError(f"optimizer must be one of timm's: {', '.join(list_optimizers())} (got {self.optimizer!r})")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be above 0 and at most 1 (got {self.layer_decay})")
         if not 0 <= self.ema < 1:

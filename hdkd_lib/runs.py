@@ -3,7 +3,7 @@
     config.json        everything that determines the run; its hash is the run's identity
     job.json           which plan, arm and replicate it is, where a plan ran it; not part of its identity
     environment.json   where and with what it ran
-    split.csv          id, part and group of every image used; images of one group are never in two parts
+    split.csv          id, part and group of every image used; under "grouped" no group is in two parts
     history.csv        one row per epoch
     predictions.csv    test part, weights of the best validation epoch: id, label, probability of each class;
                        predictions_last.csv: weights of the last epoch; predictions_ema.csv: their moving average
@@ -535,12 +535,15 @@ def remeasure(folder: str | Path) -> int:
     the number of runs.
 
     Raises:
-        FileNotFoundError: no finished run is there; published runs keep too little of most predictions to be measured again.
+        FileNotFoundError: no finished run is there, or one without predictions, as those that were published are (they keep too
+            little of most to be measured again); nothing has changed then.
     """
     found = sorted(path.parent for path in from_root(folder).glob("*/metrics.json") if "~" not in path.parent.name)
     found = [path for path in found if Run(path).is_finished]
     if not found:
         raise FileNotFoundError(f"no finished run in {folder}; give a plan's folder in results/runs")
+    if without := [path for path in found if not (path / PREDICTIONS["best"]).exists()]:
+        raise FileNotFoundError(f"{without[0]} has no predictions ({len(without)} such runs); move these folders away")
     for run in map(Run, found):
         measured = run.metrics
         for epoch in measured.keys() & PREDICTIONS:

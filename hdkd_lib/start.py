@@ -60,6 +60,7 @@ def plan(runs: Mapping[str, Run], data: Data, root: str | Path, *, epochs: int, 
     method = list(runs)[-1]
     arm = method.lower()
     networks = {name: dict(run.config["method"]["student"]) for name, run in runs.items()}
+    groups = f"  groups: {json.dumps(data.config['groups'])}\n" if data.config["groups"] else ""  # of a groups.csv nothing
     arms = []
     for name in ("teacher", "student"):
         options = {key: of for key, of in networks[name].items() if key not in ("name", "num_classes", "img_size")}
@@ -78,7 +79,7 @@ parameters:
   dataset: folder
   root: {json.dumps(str(Path(root).expanduser().resolve()))}
   image_size: {data.config["image_size"]}
-  precision: float32
+{groups}  precision: float32
   recipe: {{name: nano, epochs: {epochs}}}
 replicates:
 {chr(10).join(f"  - {{fold: {i}, seed: {i}}}" for i in range(FOLDS))}
@@ -103,11 +104,16 @@ def hours(runs: Mapping[str, Run], epochs: int) -> float:
 
 
 def difference(a: Run, b: Run, epoch: str = "best") -> tuple[float, float, float]:
-    """Accuracy of a - b on the test images that both predicted, and its 95 % interval for other test images: low, it, high.
+    """Accuracy of a - b on their common test images, and its 95 % interval for other test images: low, it, high.
 
     Half an image is added to each of the four counts (Agresti and Min 2005). It holds for these two trained networks.
+
+    Raises:
+        ValueError: they were tested on different images.
     """
     by_id = [of[np.argsort(of.ids)] for of in (a.predictions(epoch), b.predictions(epoch))]
+    if not np.array_equal(by_id[0].ids, by_id[1].ids):
+        raise ValueError(f"{a.shown_path} and {b.shown_path} were tested on different images; train both on one split")
     right = [of.predicted == of.labels for of in by_id]
     only_a, only_b, n = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()), len(right[0]) + 2
     middle = (only_a - only_b) / n

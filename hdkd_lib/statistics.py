@@ -234,6 +234,13 @@ def detectable(sd: float, n: int, *, contrasts: int = 1, shared: float = 0.0) ->
     return high
 
 
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share of n independent images (Wilson 1927)."""
+    z2 = 1.959964**2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
 def replicates(sd: float, difference: float, *, contrasts: int = 1, shared: float = 0.0, most: int = 10_000) -> int | None:
     """How many replicates find `difference` with 80 % power; None where even `most` do not."""
 

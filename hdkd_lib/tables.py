@@ -155,7 +155,7 @@ def accuracies(frame: pd.DataFrame, plan: Mapping | None = None) -> pd.DataFrame
                 "parameters": f"{first.parameters:,}",
                 "pretrained": _pretrained(first.path),
                 "teacher": title(teacher) if teacher else first.teacher,
-                "teacher's lead": _lead(frame, plan, first.arm, teacher, metric),
+                "teacher's lead": _lead(frame[frame.fraction == first.fraction], plan, first.arm, teacher, metric),
                 "runs": len(group),
                 f"{METRICS[metric]}, last epoch": str(interval(scores(group, metric, "last"))),
                 f"epoch chosen on {SELECTION[first.selection]}": str(interval(scores(group, metric, "best"))),
@@ -318,17 +318,13 @@ def calibration(of: Sequence[Predictions], bins: int = 15) -> pd.DataFrame:
 
 def _share(right: Sequence[np.ndarray]) -> tuple[float, float, float]:
     """The share of images that are right, mean over the replicates that have images, and the ends of its 95 % interval."""
-    from scipy import stats  # takes seconds
-
     right = [one for one in right if len(one)]
     if not right:
         return math.nan, math.nan, math.nan
-    of, n, z2 = interval([one.mean() for one in right]), np.mean([len(one) for one in right]), stats.norm.ppf(0.975) ** 2
-    p = of.mean
-    middle = (p + z2 / 2 / n) / (1 + z2 / n)  # Wilson 1927
-    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / 4 / n**2)) / (1 + z2 / n)
-    low, high = np.nanmin([middle - half, p - of.half_width, p]), np.nanmax([middle + half, p + of.half_width, p])
-    return p, max(low, 0.0), min(high, 1.0)
+    of = interval([one.mean() for one in right])
+    low, high = statistics.wilson(of.mean, np.mean([len(one) for one in right]))
+    low, high = np.nanmin([low, of.mean - of.half_width, of.mean]), np.nanmax([high, of.mean + of.half_width, of.mean])
+    return of.mean, max(low, 0.0), min(high, 1.0)
 
 
 def times(frame: pd.DataFrame, plan: Mapping) -> pd.DataFrame:
@@ -384,8 +380,9 @@ def provenance(frame: pd.DataFrame, plan: Mapping | None = None) -> str:
         count = np.isin(Run(first.path).predictions().ids, list(left_out)).sum()
         text += f" {count} test images with a near-duplicate in the training part are left out."
     if plan.get("questions"):
+        words = METRICS[plan["metric"]]
         text += (
-            f" {METRICS[plan['metric']].capitalize()} at the {plan['epoch']} epoch; intervals are simultaneous within a "
+            f" {words[0].upper()}{words[1:]} at the {plan['epoch']} epoch; intervals are simultaneous within a "
             f"question (95 %); smallest difference that matters: {100 * plan['smallest_difference']:g} points."
         )
     if changed := plan.get("questions_changed_after"):

@@ -1,5 +1,6 @@
 """Training: `fit`, and the loop."""
 
+import inspect
 import math
 import os
 import random
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import random_seed, unwrap_model
@@ -83,8 +84,8 @@ def fit(
     Args:
         run_dir: the run folder; default: one named after the configuration, under results/runs/interactive/.
         device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
-        precision: "float32" (on NVIDIA's GPUs PyTorch's: convolutions in TF32), "bf16" (autocast), or "auto": bf16 on GPUs that
-            have it.
+        precision: "float32" (on NVIDIA's GPUs convolutions and products in TF32), "bf16" (autocast), or "auto": bf16 on GPUs
+            that have it.
         cache_on_device: whether the images are kept in the device's memory; "auto": if they fill at most half of it.
         compile: whether networks are compiled (torch.compile); "auto": on GPUs, if the run is long enough to repay it. Like
             num_processes it is no part of the configuration: the weights differ by rounding, and by what a network drops at
@@ -102,6 +103,7 @@ def fit(
             teacher is at chance level, was trained on other classes or has seen test images.
         FloatingPointError: the loss is no longer a number; the last checkpoint is kept.
         MemoryError: a batch does not fit the device's memory.
+        RuntimeError: one of several processes failed, from whatever cause.
     """
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
@@ -166,7 +168,7 @@ def train(training: Training) -> None:
     if rank == 0:
         if len(history) < recipe.epochs or not (run.path / "environment.json").exists():  # else it has been trained elsewhere
             execution = {"processes": processes, "compiled": training.compile}
-            before = runs.read_json(run.path / "environment.json")
+            before = runs.read_json(run.path / "environment.json") if history or epoch.steps else None
             write_json(run.path / "environment.json", runs.environment(training.device, before) | execution)
         if len(history) < recipe.epochs:
             (run.path / "checksums.json").unlink(missing_ok=True)
@@ -388,8 +390,10 @@ def make_optimizer(task: Method, recipe: Recipe) -> tuple[torch.optim.Optimizer,
     layered = {} if recipe.layer_decay == 1 else {"layer_decay": recipe.layer_decay}
     make_groups = param_groups_layer_decay if layered else param_groups_weight_decay
     groups = make_groups(learner, recipe.weight_decay, no_weight_decay_list=learner.no_weight_decay(), **layered)
-    is_fused = next(task.student.parameters()).device.type != "mps"
-    optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, weight_decay=0.0, fused=is_fused)
+    made = get_optimizer_class(recipe.optimizer, bind_defaults=False)
+    can_fuse = "fused" in inspect.signature(made).parameters and next(task.student.parameters()).device.type != "mps"
+    fused = {"fused": True} if can_fuse else {}
+    optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.lr, weight_decay=0.0, **fused)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine" if recipe.schedule == "cosine" else "step",
@@ -421,8 +425,6 @@ def _restore(training: Training, optimizer: torch.optim.Optimizer) -> tuple[list
     optimizer.load_state_dict(state["optimizer"])
     epoch, best = Epoch(**state["epoch"]), state["best"]
     epoch.sums = None if epoch.sums is None else epoch.sums.to(training.device)
-    if "epoch" in best and "weights" not in best:  # older checkpoints kept them in the folder
-        best["weights"] = load_file(folder / "best.safetensors")
     return state["history"], best, epoch
 
 

@@ -1,12 +1,26 @@
 """Several processes: what they do to the networks and to sums. Runs in two processes: test_training and test_dearkd."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from hdkd_lib import distributed
+from hdkd_lib import distributed, training
 from hdkd_lib.methods import DearKD, Supervised
+
+
+def _end_by_the_system(job) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_is_an_error_in_one_line(build):
+    job = training.Training(Supervised(student=build("hdkd_teacher_nano")), None, None, None, 0, torch.device("cpu"), "float32")
+    with pytest.raises(RuntimeError, match=r"^process 0 terminated with signal SIGKILL$"):
+        distributed.spawn(_end_by_the_system, job, 1)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_the_split_of_the_run_is_asked_for(timed, loaded):
         "draws": 3,
         "val_per_class": 4,
         "groups": "(.)",
+        "join_chains": True,
         "download": True,
     }
     estimate.seconds(PARAMETERS | split | {"draw": 1})

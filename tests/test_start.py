@@ -60,6 +60,13 @@ def test_the_plan_is_one_that_study_expands(runs, loaded, folder, tmp_path, monk
     assert jobs["student-fold0-seed0"]["parameters"]["recipe"]["epochs"] == 9
 
 
+def test_a_plan_keeps_the_patients_together(runs, folder):
+    pattern = r"(\w+/\d+)\.png"
+    of_patients = data.load("folder", folder, image_size=16, groups=pattern)
+    plan = YAML(typ="safe", pure=True).load(start.plan(runs, of_patients, folder, epochs=9, smallest=0.03))
+    assert plan["parameters"]["groups"] == pattern
+
+
 def test_a_plan_keeps_the_options_of_the_networks(runs, loaded, folder):
     config = runs["student"].config
     changed = type("Run", (), {"config": config | {"method": config["method"] | {"student": {"name": "vit", "depth": 6}}}})()
@@ -82,6 +89,13 @@ def test_a_difference_is_zero_of_a_run_and_itself_and_turns_its_sign(runs):
     scores = [runs[name].metrics["best"]["test"]["accuracy"] for name in ("HDKD", "student")]
     assert middle == pytest.approx(scores[0] - scores[1], abs=1e-5)
     assert start.difference(runs["student"], runs["HDKD"]) == pytest.approx((-high, -middle, -low))
+
+
+def test_a_difference_on_different_images_is_refused(runs, monkeypatch):
+    other = runs["student"].predictions("best")[:-1]
+    monkeypatch.setattr(runs["student"], "predictions", lambda epoch: other, raising=False)
+    with pytest.raises(ValueError, match="were tested on different images"):
+        start.difference(runs["HDKD"], runs["student"])
 
 
 def test_the_report_says_what_was_measured_and_gives_no_verdict(runs, loaded):

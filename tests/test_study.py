@@ -115,8 +115,10 @@ def test_a_plan_that_extends_another_differs_in_what_it_says_alone(plan):
         (("runs:", "run:"), "unknown key in tiny.yaml 'run'; did you mean 'runs'"),
         (("{network: hdkd_s", "{teacher: techer, network: hdkd_s"), "unknown teacher of run student .* did you mean 'teacher'"),
         (("runs:", "epoch: last\nruns:\n  hdkd: {notebook: 04_hdkd, teacher: teacher}"), "teaches by its best epoch"),
-        (("{network: hdkd_s", "{parameters: {}, network: hdkd_s"), "tiny.yaml is of the old form: an arm's .*arm student"),
-        (("runs:", "notebooks: {}\nruns:"), "is of the old form: .*key notebooks"),
+        (("replicates: [{seed: 0}]", ""), "tiny.yaml needs `replicates`"),
+        (("[{seed: 0}]", "[{seed: 0}, {seed: 0}]"), "the replicate {'seed': 0} is in tiny.yaml twice"),
+        (("{network: hdkd_student_nano}", ""), "tiny.yaml needs `runs`"),
+        ((TINY, "# nothing yet"), "tiny.yaml holds no keys"),
     ],
 )
 def test_a_mistake_in_a_plan_is_refused_before_anything_runs(plan, change, message):
@@ -665,16 +667,6 @@ def test_questions_that_change_after_runs_are_counted(plan, tmp_path):
     (tmp_path / "plan.json").rename(published / "plan.json")
     study._note_changed_questions(expanded, tmp_path)
     assert noted() == 2
-
-
-def test_a_plan_file_of_an_older_form_is_read_as_the_same_questions(plan, tmp_path):
-    expanded = study.expand(plan(ARMS))
-    finished(tmp_path, "student-draw0-seed0")
-    (tmp_path / "plan.json").write_text(json.dumps({"asked": study._questions(expanded["content"])}))
-    study._note_changed_questions(expanded, tmp_path)
-    content = json.loads((tmp_path / "plan.json").read_text())
-    assert "questions_changed_after" not in content
-    assert (content["name"], content["metric"], content["runs"]) == ("tiny", "accuracy", expanded["content"]["runs"])
 
 
 def test_a_dry_run_says_what_each_contrast_can_show(plan, capsys):

@@ -237,6 +237,14 @@ def test_accuracies_show_both_epochs_the_gate_and_the_teachers_lead(folder):
     assert set(table.pretrained) == {"no"}
 
 
+def test_the_teachers_lead_is_that_with_as_many_images(folder):
+    frame = runs.load(folder).assign(dataset="digits")  # of which no test image is left out
+    fewer = frame.assign(run=frame.run + " 10%", fraction=0.1, last_accuracy=frame.last_accuracy.where(frame.arm == "vit", 0.3))
+    table = tables.accuracies(pd.concat([frame, fewer], ignore_index=True), PLAN).set_index("arm")
+    assert table.loc["deit", "teacher's lead"].startswith("+17.9 ± ")
+    assert table.loc["deit 10%", "teacher's lead"].startswith("-22.1 ± ")  # 30 - 52.1
+
+
 def test_pretrained_networks_are_named(simulated):
     networks = {"student": {"name": "vit"}, "teacher": {"name": "efficientnet_lite0", "pretrained": True}}
     folder = simulated("deit", [0.5, 0.6], method={"name": "DeiT", **networks})

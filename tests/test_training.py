@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import study
@@ -331,21 +331,6 @@ def test_what_killed_processes_had_begun_to_write_goes(alone, digits, tmp_path):
         (tmp_path / "run" / name).write_text("half")
     run = fit(alone(), digits, SHORT, tmp_path / "run", **ON_CPU)
     assert not list(run.path.glob(".*"))
-
-
-def test_a_checkpoint_of_before_there_were_checksums_is_continued(
-    interrupted, finished_run, make_task, digits, recipe, tmp_path
-):
-    """It had the best epoch's weights beside it, and said of which configuration it is by its place alone."""
-    shutil.copytree(interrupted, tmp_path / "run")
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    save_file(state["best"].pop("weights"), tmp_path / "run" / "best.safetensors", metadata={"format": "pt"})
-    del state["config_hash"]
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    (tmp_path / "run" / "checkpoint_before.pt").unlink()
-    seen = watched(task := make_task())
-    assert_same_end(fit(task, digits, recipe, tmp_path / "run", **ON_CPU), finished_run)
-    assert len(seen) == 6
 
 
 def test_a_finished_run_of_before_there_were_checksums_stays_finished(finished_run, make_task, digits, recipe, tmp_path):
@@ -695,6 +680,22 @@ def test_images_of_the_same_names_in_another_data_set_are_others(taught, digits,
         fit(failing_after(taught, 0, ValueError("taught")), other, SHORT, tmp_path, **ON_CPU)
 
 
+def test_what_is_said_of_groups_afterwards_hides_no_test_image_that_the_teacher_has_seen(taught, digits, tmp_path):
+    images = digits.config["content"]
+    other = replace(digits, test=digits.train, config=digits.config | {"groups": "(.)", "content": "grouped", "images": images})
+    with pytest.raises(ValueError, match="the teacher was trained on 120 of the 120 test images"):
+        fit(taught, other, SHORT, tmp_path, **ON_CPU)
+
+
+def test_a_run_that_begins_anew_has_no_earlier_commit(alone, digits, tmp_path):
+    (tmp_path / "run").mkdir()
+    of_another = {"commit": "0" * 40, "uncommitted_changes": True}
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(of_another))
+    environment = fit(alone(), digits, SHORT, tmp_path / "run", **ON_CPU).environment
+    assert "earlier_commits" not in environment
+    assert environment["commit"] != "0" * 40
+
+
 def test_a_teacher_chosen_on_its_test_part_teaches_under_the_papers_protocol_alone(taught, digits, tmp_path):
     taught.teacher.network.trained_on["protocol_of_training"] = "paper"
     with pytest.raises(ValueError, match="epoch was chosen on its test part"):
@@ -1037,6 +1038,15 @@ def test_more_processes_than_gpus_are_refused(alone, digits, tmp_path, monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"on GPUs at most their number \(got 2, 1 of mps\)"):
         fit(alone(), digits, SHORT, tmp_path / "run", device="mps", precision="float32", num_processes=2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "radam"])
+def test_optimisers_of_timm_train_whether_torch_can_fuse_them_or_not(name, alone, recipe):
+    optimizer, _ = training.make_optimizer(task := alone(), replace(recipe, optimizer=name))
+    before = [p.clone() for p in task.student.parameters()]
+    task(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]))["loss"].backward()
+    optimizer.step()
+    assert any((p != old).any() for p, old in zip(task.student.parameters(), before, strict=True))
 
 
 def test_with_layer_decay_the_body_learns_more_slowly_than_the_head(build, digits, recipe, tmp_path):

@@ -53,7 +53,7 @@ class Data:
     def trained_on(self, other: "Data") -> "Data":
         """Training and validation images of another set, of the same classes by name, and this one's test part.
 
-        The other's test part joins its training images.
+        The other's test part joins its training images. Ids of these images begin with "made/".
 
         Raises:
             ValueError: the classes or sizes differ.
@@ -64,7 +64,10 @@ class Data:
                 f"{', '.join(self.classes)} at {self.config['image_size']} px)"
             )
         own = torch.tensor([self.classes.index(name) for name in other.classes])
-        train, val = (replace(part, labels=own[part.labels]) for part in (_join(other.train, other.test), other.val))
+        train, val = (
+            replace(part, labels=own[part.labels], ids=[f"made/{name}" for name in part.ids])
+            for part in (_join(other.train, other.test), other.val)
+        )
         return replace(self, train=train, val=val, config=self.config | {"training": other.config})
 
     def with_parts(self, split: pd.DataFrame) -> "Data":
@@ -186,7 +189,9 @@ def load(
     every = Files([], image_size) if from_files else Rows(torch.from_numpy(images), np.arange(0))
     parts = {name: _part(source, every, groups_of, chosen) for name, chosen in index.items()}
     named = source.groups or [""] * len(source.ids)
-    identity = [f"{h}{label}{g}" for h, label, g in zip(_identity(source, signatures), source.labels, named, strict=True)]
+    hashes = _identity(source, signatures)
+    ungrouped = [f"{h}{label}" for h, label in zip(hashes, source.labels, strict=True)]
+    identity = [f"{of}{g}" for of, g in zip(ungrouped, named, strict=True)]
     sides = [f"{side}:{identity[i]}" for side, chosen in index.items() for i in chosen]
     return Data(
         **parts,
@@ -200,6 +205,7 @@ def load(
             "fraction": fraction,
             **(drawn if draws else {}),
             "groups": groups if source.groups else None,  # not known
+            **({"images": _digest(ungrouped)} if source.groups else {}),
             **({"join_chains": True} if join_chains else {}),
             "split_seed": split_seed,
             "from_files": from_files,
@@ -235,9 +241,9 @@ def load_as(config: Mapping, root: str | Path | None = None, split: pd.DataFrame
         "from_files",
     )
     found = load(config["dataset"], root, **{key: config[key] for key in keys if config.get(key) is not None})
-    if split is None or found.config["split"] == config["split"]:
+    if split is None or found.config["split"] == config.get("split"):
         return found
-    return replace(found.with_parts(split), config=found.config | {"split": config["split"]})
+    return replace(found.with_parts(split), config=found.config | {"split": config.get("split")})  # older runs name none
 
 
 def _digest(lines: list[str]) -> str:

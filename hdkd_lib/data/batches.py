@@ -151,10 +151,14 @@ def batches(
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", say, as tensors there have it
     if isinstance(part.images, Files):
         if workers is None:
-            workers = max(1, min(16, (os.cpu_count() or 1) // shards))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = max(1, min(16, cores // shards))
+        own = (
+            torch.Generator().manual_seed(torch.initial_seed() + index) if shards > 1 else None
+        )  # of crops; all draw one order
         read = DataLoader(
             _Reader(part, crop), batch_sampler=[chunk.tolist() for chunk in chunks], collate_fn=fast_collate,
-            num_workers=workers, pin_memory=device.type == "cuda",
+            num_workers=workers, pin_memory=device.type == "cuda", generator=own,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # a spawned process would spawn
         )  # fmt: skip
     elif part.labels.device == device:

@@ -17,7 +17,9 @@ class Supervised(Method):
         self.probe = self.trainable_module.in_eval_mode = probe
         if probe:
             student.requires_grad_(False)
-            student.get_classifier().requires_grad_(True)
+            heads = student.get_classifier()
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                head.requires_grad_(True)
 
     def terms(self, outputs: dict, teacher: None, target: Tensor) -> dict[str, Tensor]:
         return {"loss": self.cross_entropy(outputs["output"], target)}

@@ -96,7 +96,8 @@ def check_provenance(teacher: nn.Module, data: Data, recipe: Recipe) -> None:
         raise ValueError(
             "the teacher's epoch was chosen on its test part (protocol 'paper'): it can teach under the same protocol only"
         )
-    seen = origin["ids"].intersection(data.test.ids) if origin["content"] == data.config["content"] else ()
+    images = [of.get("images", of["content"]) for of in (origin, data.config)]  # whatever is said of their groups
+    seen = origin["ids"].intersection(data.test.ids) if images[0] == images[1] else ()
     if seen:
         raise ValueError(
             f"the teacher was trained on {len(seen)} of the {len(data.test)} test images ({origin['protocol']} split, fold "

@@ -290,6 +290,17 @@ def test_crops_differ_between_epochs_and_repeat_with_torchs_seed(files):
     assert torch.equal(first.float().mean((1, 2, 3)).div(30).floor().long(), labels), "each crop is of its own file"
 
 
+def test_processes_crop_copies_of_an_image_each_in_its_own_way(files):
+    seen = []
+    for index in (0, 1):
+        torch.manual_seed(0)
+        read = batches(files, 4, shuffle=True, repeats=2, crop=True, shard=(index, 2), workers=1)
+        seen.append([torch.cat(of) for of in zip(*read, strict=True)])
+    (first, labels), (second, same) = seen
+    assert torch.equal(labels, same), "each process has one of two copies"
+    assert (first != second).flatten(1).any(1).all()
+
+
 def test_a_broken_file_is_named(files):
     path = files.images.paths[4]
     path.write_bytes(path.read_bytes()[:2000])

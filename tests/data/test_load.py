@@ -339,6 +339,7 @@ def test_training_images_of_another_set_keep_their_classes_by_name_and_the_test_
     assert mixed.test is real.test
     assert len(mixed.train) + len(mixed.val) == 60
     assert not set(mixed.train.ids) & set(mixed.val.ids)
+    assert all(name.startswith("made/") for name in mixed.train.ids + mixed.val.ids), "as no real image is called"
     for part, own in ((mixed.val, made.val), (mixed.train, made.train)):
         wanted = [real.classes.index(made.classes[label]) for label in own.labels]
         assert part.labels[: len(own)].tolist() == wanted

@@ -24,6 +24,14 @@ def test_a_probe_changes_the_classifier_and_nothing_else():
     assert changed == {"fc.weight", "fc.bias"}  # batch norm's statistics stay, too
 
 
+def test_a_probe_trains_both_heads_of_a_student_of_two():
+    model = models.create("hdkd_student_distilled_nano", num_classes=3, img_size=32)
+    Supervised(student=model, probe=True)
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learning) == 2
+    assert all(p.requires_grad for head in model.get_classifier() for p in head.parameters())
+
+
 def test_without_a_probe_everything_learns():
     model = models.create("resnet10t", num_classes=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
