@@ -36,7 +36,7 @@ def unexplained(page: str, start: str = "<table|<img") -> list[str]:
     """Tables and figures of a page that are not followed by a plan's runs, their commits and the hash of its manifest."""
     article = page[page.index("<article") : page.index("</article>")].split('id="the-runs')[0]
     blocks = [block for block in re.split(f"(?={start})", article)[1:] if re.search("<table|<img", block)]
-    source = r'class="provenance.*?href="[^"]*runs\.html".*? runs</.*?commits? [0-9a-f]{7}.*?json [0-9a-f]{12}'
+    source = r'class="provenance.*?href="[^"]*runs\.html".*? runs</.*?commits? [0-9a-f]{7}.*?json(?:\.xz)? [0-9a-f]{12}'
     return [block.partition(">")[0] + ">" for block in blocks if not re.search(source, block, re.DOTALL)]
 
 
